@@ -1,0 +1,93 @@
+# Everything begins here: `make help`. Each target installs what it needs into .venv first, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Words added to a command, such as ARGS="training.max_steps=10".
+ARGS ?=
+RECIPE ?=
+LAUNCH ?=
+
+.PHONY: help
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo '  make train RECIPE=recipes/… [LAUNCH=cpu_2proc] [ARGS="section.key=value …"]'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=…"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(INSTALLED)  ## Create .venv and install the kit with its development tools
+
+.PHONY: demo
+demo: $(INSTALLED)  ## Pretrain a small GPT-2 offline, adapt it to API documentation, print both scorecards
+	$(BIN)/kit train recipes/offline/lm_gpt2_pretrain.yaml
+	$(BIN)/kit train recipes/offline/lm_gpt2_adapt.yaml
+
+.PHONY: test
+test: $(INSTALLED)  ## Run the tests, offline
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(INSTALLED)  ## Run the tests that take longer
+	$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+.PHONY: train
+train: $(INSTALLED)  ## Train RECIPE, with LAUNCH=<accelerate_configs/…> in several processes
+	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make train RECIPE=recipes/offline/lm_gpt2_pretrain.yaml"; exit 2; }
+ifeq ($(LAUNCH),)
+	$(BIN)/kit train $(RECIPE) $(ARGS)
+else
+	@test -f accelerate_configs/$(LAUNCH).yaml || { echo "LAUNCH=$(LAUNCH): no such launch file; there are:" \
+	  $(patsubst accelerate_configs/%.yaml,%,$(wildcard accelerate_configs/*.yaml)); exit 2; }
+	@# The launcher turns every exit code but 0 into 1: the run's own comes from its manifest.
+	@echo "$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS)"
+	@$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS) \
+	  || { $(BIN)/kit status $(RECIPE) $(ARGS); exit 1; }
+endif
+
+.PHONY: prepare
+prepare: $(INSTALLED)  ## Tokenise RECIPE's data and measure its base model, without training
+	$(BIN)/kit prepare $(RECIPE) $(ARGS)
+
+.PHONY: evaluate
+evaluate: $(INSTALLED)  ## Measure RUN's model on its recipe's sets
+	$(BIN)/kit evaluate $(RUN) $(ARGS)
+
+.PHONY: generate
+generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
+	$(BIN)/kit generate $(RUN) --prompt "$(PROMPT)" $(ARGS)
+
+.PHONY: bench
+bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
+	$(BIN)/python benchmarks/domain_control.py
+
+.PHONY: schema
+schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors
+	$(BIN)/kit schema --output recipes/recipe.schema.json
+
+.PHONY: lint
+lint: $(INSTALLED)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(INSTALLED)  ## Mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean:  ## Remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""Adapt pretrained Hugging Face models to a domain, driven by YAML recipes."""

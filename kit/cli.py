@@ -1,0 +1,164 @@
+"""The commands. Nothing heavy is imported until a command runs, so that `--help` answers at once."""
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Adapt pretrained Hugging Face models to a domain, driven by YAML recipes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's.")
+]
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Adapt a model, from raw text to scorecard; the same command goes on with an interrupted run."""
+    from kit import run
+
+    run.train(recipe, overrides or [])
+
+
+@app.command()
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Do all of a run that needs no training: tokenizer, token stores, ledger, the base model's scores."""
+    from kit import run
+
+    run.prepare(recipe, overrides or [])
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run directory, or a recipe file.")],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Model to measure instead of the run's or the recipe's.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """Measure a model on a recipe's evaluation sets."""
+    from kit import run
+
+    run.evaluate(target, overrides or [], model, output)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, a model folder or a Hub model.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="How many continuations.")] = 1,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens in total, the prompt's included.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to add; 50 unless either is given.")] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the most probable tokens; 0 among all.")] = 50,
+    temperature: Annotated[float, typer.Option(min=1e-6, help="Divisor of the logits.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the most probable token each time.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 42,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+) -> None:
+    """Continue a prompt."""
+    from kit.generate import generate as continue_prompt
+
+    continue_prompt(
+        model,
+        prompt,
+        revision=revision,
+        num_return_sequences=num_return_sequences,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        temperature=temperature,
+        do_sample=not greedy,
+        seed=seed,
+    )
+
+
+@app.command()
+def schema(
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Write to this file, not to the terminal.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from kit.files import write_text
+    from kit.recipe.schema import schema_text
+
+    text = schema_text()
+    if output:
+        write_text(output, text)
+    else:
+        sys.stdout.write(text)
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices and threads; what to paste into a bug report."""
+    from kit.environment import print_environment
+
+    print_environment()
+
+
+@app.command()
+def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Print how a recipe's run stands, and exit with the run's own code; for scripts behind a launcher."""
+    from kit.recipe.loading import load_recipe
+    from kit.run import run_directory
+    from kit.training.run_directory import exit_code, read_status
+
+    directory = run_directory(load_recipe(recipe, overrides or []), recipe)
+    found = read_status(directory.path)
+    typer.echo(f"{directory.path}: {found}")
+    raise typer.Exit(exit_code(found))
+
+
+def main() -> None:
+    """Run a command; exit with 0 (done), 1 (our fault), 2 (the user's mistake) or 143 (preempted, start again)."""
+    code = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "WORLD_SIZE" in os.environ:
+        # Now and then a gloo process aborts in the interpreter's finalisation although all its work is done.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    from kit.errors import UserError
+
+    try:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        _complain(f"error: {error}")
+        return 2
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        return 130
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except Exception as error:
+        # Preempted and click's errors are recognised by name: importing their modules here would slow `--help` down.
+        if type(error).__name__ == "Preempted":
+            _complain("preempted: the same command goes on from here")
+            return 143
+        if hasattr(error, "format_message"):
+            error.show()
+            return 2
+        traceback.print_exc()
+        return 1
+
+
+def _complain(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(message, file=sys.stderr)

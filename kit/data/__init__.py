@@ -1,0 +1,1 @@
+"""Sources, token stores, splits, packing and the token ledger."""

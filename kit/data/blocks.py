@@ -1,0 +1,195 @@
+"""Rows of training tokens by index arithmetic over token stores: packed blocks, or one row per document piece.
+
+A document of n tokens is a chain of n + 1 pairs (input, target): the context token (BOS, else EOS) predicts the first
+token, each token the next, the last one EOS. A source is the concatenation of its documents' pairs, cut every
+`block_size` pairs. So every position of a block carries loss, and a document that is cut goes on in the next block with
+its last token as context: no target is lost and none is scored twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from kit.data.store import TokenStore
+
+IGNORE_INDEX = -100  # of torch's cross-entropy
+
+
+@dataclass(frozen=True)
+class TrainPart:
+    """What one source contributes to an epoch.
+
+    Attributes:
+        store: the source's token store.
+        documents: int64 (n,), the documents that train.
+        blocks: int64 (blocks of an epoch,), which of the part's blocks an epoch holds; more than once where the
+            source's weight asks for more than it has.
+        block_size: pairs per block.
+    """
+
+    store: TokenStore
+    documents: np.ndarray
+    blocks: np.ndarray
+    block_size: int
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Position of each document in the part's chain of pairs, and the chain's length: int64 (n + 1,)."""
+        lengths = self.store.offsets[self.documents + 1] - self.store.offsets[self.documents]
+        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the documents, EOS included: as many as the chain has pairs."""
+        return int(self.starts[-1])
+
+    def count_tokens(self, blocks: np.ndarray) -> int:
+        """Count the label positions in `blocks`."""
+        return int(np.minimum(self.block_size, self.num_tokens - blocks * self.block_size).sum())
+
+    def pieces(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Return the (document, first pair, end pair) that positions `start` to `end` of the chain consist of."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        pieces = []
+        for index in range(first, len(self.documents)):
+            origin = int(self.starts[index])
+            if origin >= end:
+                break
+            stop = min(end, int(self.starts[index + 1]))
+            pieces.append((int(self.documents[index]), max(start, origin) - origin, stop - origin))
+        return pieces
+
+
+def select_blocks(
+    num_tokens: Sequence[int], weights: Sequence[float | None], block_size: int, seed: int
+) -> list[np.ndarray]:
+    """Choose the blocks of each source that make one epoch.
+
+    Sources without a weight are read once. A source with weight w gets the share w of the epoch's tokens, to the
+    nearest block: the first blocks of a seeded shuffle of its own, after all of them as often as it takes.
+
+    Args:
+        num_tokens: tokens of each source.
+        weights: share of each, None for the sources that divide the rest; shares add up to less than 1, or, where
+            every source has one, to 1.
+        block_size: pairs per block.
+        seed: of the shuffle.
+
+    Returns:
+        For each source int64 (blocks of an epoch,).
+    """
+    free = sum(tokens for tokens, weight in zip(num_tokens, weights, strict=True) if weight is None)
+    weighted = sum(weight for weight in weights if weight is not None)
+    total = free / (1 - weighted) if free else sum(num_tokens)
+    chosen = []
+    for index, (tokens, weight) in enumerate(zip(num_tokens, weights, strict=True)):
+        order = np.arange(-(-tokens // block_size))
+        if weight is not None:
+            order = np.random.default_rng([seed, index]).permutation(order)
+            # Counted in tokens: a small source repeats its part-filled last block with all the others.
+            repeats, rest = divmod(total * weight, tokens)
+            sums = np.concatenate([[0], np.cumsum(np.minimum(block_size, tokens - order * block_size))])
+            count = int(np.abs(sums - rest).argmin())
+            order = np.concatenate([np.tile(order, int(repeats)), order[: count if repeats else max(1, count)]])
+        chosen.append(order.astype(np.int64))
+    return chosen
+
+
+class TokenRows(Dataset):
+    """The rows of an epoch; nothing but the memory-mapped tokens is held.
+
+    Row i is a dictionary of int64 arrays of one length T ≤ `block_size`: `input_ids`, `shift_labels` (the token that
+    each position has to predict, already shifted, -100 where there is none) and `position_ids`, which restart at 0
+    with every document. Packed rows have T = `block_size`; the last block of a source is padded.
+    """
+
+    def __init__(self, parts: Sequence[TrainPart], packing: bool, context_token_id: int, pad_token_id: int) -> None:
+        """Lay out the rows of `parts`; `context_token_id` stands before every document, never scored."""
+        self.parts = list(parts)
+        self.packing = packing
+        self.context_token_id = context_token_id
+        self.pad_token_id = pad_token_id
+        self._rows = [_packed_rows(p) if packing else _single_rows(p) for p in self.parts]
+        self._ends = np.cumsum([len(rows) for rows in self._rows])
+        self._starts = self._ends - [len(rows) for rows in self._rows]
+
+    def __len__(self) -> int:
+        """Return the number of rows of an epoch."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return one row; index -1 is a row without any label, for ranks that have none left."""
+        if index == -1:
+            return self._row([], 1)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        part = self.parts[which]
+        start, end = self._rows[which][index - self._starts[which]]
+        pieces = [self._pairs(part.store, *piece) for piece in part.pieces(int(start), int(end))]
+        return self._row(pieces, part.block_size if self.packing else int(end - start))
+
+    def _pairs(self, store: TokenStore, document: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        begin = int(store.offsets[document])
+        targets = store.tokens[begin + first : begin + end].astype(np.int64)
+        inputs = np.empty_like(targets)
+        inputs[0] = store.tokens[begin + first - 1] if first else self.context_token_id
+        inputs[1:] = targets[:-1]
+        return inputs, targets
+
+    def _row(self, pieces: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+        # Padding keeps position 0 throughout: each pad is a document of its own to the attention mask.
+        input_ids = np.full(length, self.pad_token_id, dtype=np.int64)
+        shift_labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+        position_ids = np.zeros(length, dtype=np.int64)
+        at = 0
+        for inputs, targets in pieces:
+            size = len(targets)
+            input_ids[at : at + size] = inputs
+            shift_labels[at : at + size] = targets
+            position_ids[at : at + size] = np.arange(size)
+            at += size
+        return {"input_ids": input_ids, "shift_labels": shift_labels, "position_ids": position_ids}
+
+
+def _packed_rows(part: TrainPart) -> np.ndarray:
+    """Return (start, end) in the part's chain of each packed row: int64 (rows, 2)."""
+    starts = part.blocks * part.block_size
+    return np.stack([starts, np.minimum(starts + part.block_size, part.num_tokens)], axis=1)
+
+
+def _single_rows(part: TrainPart) -> np.ndarray:
+    """Return (start, end) of each document piece, cut at the same places as packed blocks are: int64 (rows, 2)."""
+    cuts = np.unique(np.concatenate([part.starts, np.arange(0, part.num_tokens, part.block_size)]))
+    pieces = np.stack([cuts[:-1], cuts[1:]], axis=1)
+    first = np.searchsorted(pieces[:, 0], part.blocks * part.block_size, side="left")
+    last = np.searchsorted(pieces[:, 0], (part.blocks + 1) * part.block_size, side="left")
+    return np.concatenate([pieces[a:b] for a, b in zip(first, last, strict=True)])
+
+
+class CollateRows:
+    """Collate rows into a batch of int64 tensors (rows, longest row), padding on the right.
+
+    A packed batch carries `position_ids` and no attention mask: given a mask, transformers would no longer see from
+    the restarting positions where one document ends and the next begins, and documents would attend to each other.
+    A batch of single rows needs neither: what follows a causal position cannot reach it.
+    """
+
+    def __init__(self, packing: bool, pad_token_id: int) -> None:
+        """Collate packed rows or single ones; `pad_token_id` fills up shorter rows."""
+        self.packing = packing
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `shift_labels` and, where rows are packed, `position_ids`."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX}
+        if self.packing:
+            fill["position_ids"] = 0
+        batch = {name: torch.full((len(rows), longest), value, dtype=torch.long) for name, value in fill.items()}
+        for index, row in enumerate(rows):
+            for name, tensor in batch.items():
+                tensor[index, : len(row[name])] = torch.from_numpy(row[name])
+        return batch

@@ -1,0 +1,102 @@
+"""Corpora that are on every machine: the Python documentation and the docstrings of installed packages.
+
+Nothing is downloaded and nothing redistributed. Sources are parsed with `ast`: no module of them is imported, so no
+code of theirs runs.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+from kit.errors import UserError, did_you_mean
+from kit.files import hash_values
+
+# Shorter docstrings ("Return the name.") repeat their function's name and teach next to nothing.
+_LEAST_CHARACTERS = 80
+# Half a surrogate pair, which an escape in a literal can make, is nothing that a tokenizer takes.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_DOCUMENTATION = {
+    "test",
+    "tests",
+    "testing",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "__pycache__",
+    "pydoc_data",
+}
+
+
+def corpus_fingerprint(name: str, packages: Sequence[str]) -> str:
+    """Return a hash of the names, sizes and modification times of the files that the corpus is read from."""
+    # Installed files do not change but by installation: their content (150 MB for torch's) is not read for a key.
+    listing = [
+        (path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for root in _roots(name, packages)
+        for path in _python_files(root)
+    ]
+    return hash_values(name, sorted(packages), _LEAST_CHARACTERS, listing)
+
+
+def read_corpus(name: str, packages: Sequence[str]) -> Iterator[str]:
+    """Yield the documents of a built-in corpus, each text once, in a stable order."""
+    seen: set[str] = set()
+    topics = _read_topics() if name == "python-reference" else ()
+    files = (path for root in _roots(name, packages) for path in _python_files(root))
+    for document in chain(topics, chain.from_iterable(map(_docstrings, files))):
+        # Overloads and aliases carry the same docstring many times over.
+        if document not in seen:
+            seen.add(document)
+            yield document
+
+
+def _roots(name: str, packages: Sequence[str]) -> list[Path]:
+    return [Path(sysconfig.get_path("stdlib"))] if name == "python-reference" else [_package_root(p) for p in packages]
+
+
+def _package_root(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        from importlib.metadata import packages_distributions
+
+        known = [name for name in packages_distributions() if name.isidentifier() and not name.startswith("_")]
+        raise UserError(f"data source `docstrings`: no installed package `{package}`{did_you_mean(package, known)}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*.py")):
+        if not _NOT_DOCUMENTATION.intersection(path.relative_to(root).parts) and path.is_file():
+            yield path
+
+
+def _read_topics() -> Iterator[str]:
+    """Yield the language reference: the topics that `help()` shows, which CPython ships as one dictionary."""
+    source = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    if not source.is_file():
+        raise UserError(f"data source `python-reference`: this Python has no language reference ({source} is missing)")
+    for node in ast.parse(source.read_bytes()).body:
+        if isinstance(node, ast.Assign):
+            for text in ast.literal_eval(node.value).values():
+                yield text.strip()
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        # Old code holds escapes that the parser warns of; they are not ours to mend.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):
+        return  # templates and files for other Python versions
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+            if len(text) > _LEAST_CHARACTERS and not _SURROGATE.search(text):
+                yield text

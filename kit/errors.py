@@ -1,0 +1,25 @@
+"""The one error a user can cause, and the words that help to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a recipe, a file or a command, as opposed to a fault of the kit.
+
+    The command line prints the message without a traceback and exits with code 2. A message names where the mistake
+    is (file, line, key), what was found, what is expected and, where one exists, the nearest valid name.
+    """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """Return the member of `valid` that `name` most probably stands for, or None."""
+    matches = difflib.get_close_matches(name.lower(), {v.lower(): v for v in valid}, n=1, cutoff=0.6)
+    return next((v for v in valid if v.lower() == matches[0]), None) if matches else None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return ``"; did you mean `x`?"``, or, where nothing is near, the list of valid names."""
+    names = sorted(valid)
+    best = nearest(name, names)
+    return f"; did you mean `{best}`?" if best else f"; valid: {', '.join(names)}"

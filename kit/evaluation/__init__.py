@@ -1,0 +1,1 @@
+"""Measurements before, during and after training."""

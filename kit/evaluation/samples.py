@@ -1,0 +1,100 @@
+"""Sample continuations of prompts, drawn with a seed of their own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kit.console import say
+from kit.errors import UserError
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_return_sequences: int = 1,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    do_sample: bool = True,
+    top_k: int = 50,
+    temperature: float = 1.0,
+) -> list[list[str]]:
+    """Return the continuations of each prompt, prompt included; random numbers outside stay as they are.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        prompts: one or more texts to continue.
+        seed: of the sampling, set anew for each prompt, so that a prompt's samples do not depend on the others.
+        num_return_sequences: continuations of each prompt.
+        max_new_tokens: tokens to add.
+        max_length: tokens in total, the prompt's included; instead of `max_new_tokens`.
+        do_sample: sample, or take the most probable token each time.
+        top_k: sample among the most probable tokens; 0 among all.
+        temperature: divisor of the logits.
+
+    Raises:
+        UserError: a prompt is as long as `max_length` or longer, or its continuation exceeds the model's positions.
+    """
+    was_training = model.training
+    model.eval()
+    length = {"max_length": max_length} if max_length is not None else {"max_new_tokens": max_new_tokens}
+    sampling = {"do_sample": True, "top_k": top_k, "temperature": temperature} if do_sample else {"do_sample": False}
+    results = []
+    try:
+        for prompt in prompts:
+            inputs = _encode(tokenizer, prompt).to(model.device)
+            _check_length(model, inputs.shape[1], max_new_tokens, max_length)
+            devices = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                output = model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    num_return_sequences=num_return_sequences,
+                    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                    use_cache=True,
+                    **length,
+                    **sampling,
+                )
+            results.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in output])
+    finally:
+        model.train(was_training)
+    return results
+
+
+def _check_length(model: PreTrainedModel, prompt: int, max_new_tokens: int | None, max_length: int | None) -> None:
+    total = max_length if max_length is not None else prompt + max_new_tokens
+    if total <= prompt:
+        raise UserError(
+            f"max_length: found {max_length}, but the prompt alone has {prompt} tokens; "
+            f"`max_new_tokens` counts without it"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and total > positions:
+        raise UserError(
+            f"a prompt of {prompt} tokens and its continuation would take {total} positions; the model has "
+            f"{positions}: ask for at most {positions - prompt} new tokens (`max_new_tokens`)"
+        )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Encode a prompt as documents are encoded: a context token, then the text."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # GPT-2 users' prompts never begin with its end-of-text token, which doubles as BOS; Llama's begin with BOS.
+    has_own_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id
+    return torch.tensor([[tokenizer.bos_token_id, *ids] if has_own_bos or not ids else ids])
+
+
+def print_samples(samples: Sequence[Mapping[str, Any]]) -> None:
+    """Print what each prompt was continued with before and after training."""
+    for sample in samples:
+        say(f"\nprompt: {sample['prompt']!r}", style="bold")
+        for when in ("before", "after"):
+            for text in sample[when]:
+                say(f"  {when}: " + text.replace("\n", "\n    "))

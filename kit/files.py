@@ -1,0 +1,149 @@
+"""Files that are either whole or absent: atomic writes, and folders that are built once however many ask for them."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+
+COMPLETE = "complete.json"
+_CHUNK = 1 << 22
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file under a temporary name, flush it to disk and rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the 128-bit xxHash of a file's bytes, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_values(*values: Any) -> str:
+    """Return a 128-bit xxHash over the JSON form of `values`: the key of something derived from them."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())
+
+
+def seal(folder: str | Path, **facts: Any) -> None:
+    """Write the marker that makes `folder` complete: size and hash of each file in it, and `facts` beside them.
+
+    Everything is flushed to disk before the marker is, so a marker that exists vouches for files that do.
+    """
+    folder = Path(folder)
+    files = {}
+    for path in _files(folder):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+    write_json(folder / COMPLETE, {**facts, "files": files})
+    _sync_folder(folder)
+
+
+def is_sealed(folder: str | Path) -> bool:
+    """Tell whether a folder carries its marker, without reading the files that it vouches for."""
+    return (Path(folder) / COMPLETE).is_file()
+
+
+def read_seal(folder: str | Path) -> dict[str, Any] | None:
+    """Return what the marker of `folder` says, or None where the marker is missing or any file differs from it."""
+    folder = Path(folder)
+    try:
+        marker = read_json(folder / COMPLETE)
+        for name, facts in marker["files"].items():
+            path = folder / name
+            if path.stat().st_size != facts["bytes"] or hash_file(path) != facts["xxh3_128"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return marker
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != COMPLETE:
+            yield path
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename or a new name is durable only once the folder that holds it is flushed too (POSIX).
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def replaced_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place, sealed by a rename, if the block succeeds."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def build_once(folder: str | Path, build: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+    """Return the marker of `folder`, after building the folder if it is missing or damaged.
+
+    Any number of processes may call this at the same time: one builds, under a lock that the operating system
+    releases if it dies, and the others wait for it. `build` fills the folder that it is given and returns facts
+    for the marker.
+    """
+    folder = Path(folder)
+    if marker := read_seal(folder):
+        return marker
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if marker := read_seal(folder):
+            return marker
+        _remove_leftovers(folder)
+        with replaced_folder(folder) as temporary:
+            seal(temporary, **(build(temporary) or {}))
+        return read_seal(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed builder of `folder` left behind; the caller holds its lock, so no builder is alive."""
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The recipe: YAML files, checked against pydantic models."""

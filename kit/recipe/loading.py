@@ -1,0 +1,134 @@
+"""Load, write and compare recipes. Importing this module imports neither torch nor transformers."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kit.errors import UserError
+from kit.recipe.layers import apply_override, read_layers
+from kit.recipe.models import Recipe, Section
+from kit.recipe.validation import show_problems, validate_document
+from kit.recipe.words import Problem
+from kit.recipe.yaml import write_yaml
+
+# What may differ between two runs without changing a number that they compute, beside all of `tracking`.
+_NOT_FOR_THE_NUMBERS = {"run": ("resume", "output_dir"), "data": ("store_dir",)}
+_UNSET = object()
+_EMPTY = (None, (), [], {})
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a YAML file, with what it extends and with `section.key=value` overrides, fully checked.
+
+    `training` holds the names of the installed `TrainingArguments`, without those that were set to null.
+
+    Raises:
+        UserError: one message with every mistake, each with its file and line (or override), key, what was found
+            and what is expected.
+    """
+    # Only here: it imports transformers for its TrainingArguments, which takes seconds that `kit --help` must not.
+    from kit.recipe.training_arguments import allowed_names, find_training_problems
+
+    document = read_layers(str(path))
+    for override in overrides:
+        apply_override(document, override)
+    recipe, problems = validate_document(document, allowed_names())
+    training = document.data.get("training")
+    checked: dict[str, Any] = {}
+    if isinstance(training, dict):
+        places = {name: document.place(("training", name)) for name in training}
+        checked, found = find_training_problems(training, places)
+        problems += [Problem(("training", name), text) for name, text in found]
+    if problems:
+        raise UserError(show_problems(document, problems))
+    return recipe.model_copy(update={"training": checked}) if "training" in recipe.model_fields_set else recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML with its defaults written out, so that later defaults do not change the run.
+
+    Loading the text gives an equal recipe. Left out are null, empty lists and empty mappings, which are defaults
+    wherever a section takes them, and defaults that a section does not take beside what the recipe gives (such as
+    `sample_by` beside `separator`).
+    """
+    return write_yaml(_plain(recipe))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return {name: _plain(child) for name, child in _writable(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(child) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def _writable(section: Section) -> dict[str, Any]:
+    """Return the fields that can be written together, in the order of the model."""
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    values = {name: value for name, value in values.items() if value not in _EMPTY}
+    kept = {name: value for name, value in values.items() if name in section.model_fields_set}
+    for name, value in values.items():
+        if name not in kept:
+            try:  # a validator may read a default, once it is written, as a contradiction
+                type(section)(**kept, **{name: value})
+            except ValidationError:
+                continue
+            kept[name] = value
+    return {name: value for name, value in values.items() if name in kept}
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Return a hash (SHA-256, in hexadecimal) of everything in the recipe that affects the numbers of a run.
+
+    That is all of it but `run.resume`, `run.output_dir`, `tracking` and `data.store_dir`.
+    """
+    text = json.dumps(_normal(_flat(_affecting(recipe))), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Return lines such as `training.learning_rate: 1e-4 -> 2e-5`, over the keys that the fingerprint covers."""
+    before, after = _flat(_affecting(a)), _flat(_affecting(b))
+    names = list(dict.fromkeys([*before, *after]))
+    pairs = {name: (_show(before.get(name, _UNSET)), _show(after.get(name, _UNSET))) for name in names}
+    return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+
+
+def _affecting(recipe: Recipe) -> dict[str, Any]:
+    sections = {name: value for name, value in _plain(recipe).items() if name != "tracking"}
+    for name, keys in _NOT_FOR_THE_NUMBERS.items():
+        sections[name] = {key: value for key, value in sections[name].items() if key not in keys}
+    return {name: value for name, value in sections.items() if value not in _EMPTY}
+
+
+def _normal(value: Any) -> Any:
+    """Return the value with whole numbers as integers: `3` and `3.0` are one setting."""
+    if isinstance(value, dict):
+        return {key: _normal(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_normal(child) for child in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return `{dotted key: value}`; a list of scalars is one value, and so is what is empty."""
+    if isinstance(value, dict) and value:
+        entries = value.items()
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        entries = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for name, child in entries for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _show(value: Any) -> str:
+    if value is _UNSET:
+        return "unset"
+    if isinstance(value, float) and value and abs(value) < 1e-3:
+        return format(Decimal(repr(value)).normalize(), "e")  # 1e-4, not 0.0001 or 1e-04
+    return json.dumps(_normal(value), ensure_ascii=False)

@@ -1,0 +1,308 @@
+"""The recipe as frozen pydantic models: one section, one model; one default, in one place.
+
+Field names are Hugging Face's own wherever one exists. The descriptions document each key: the JSON Schema and the
+recipe reference are generated from them. `training` is a plain mapping of `TrainingArguments` names, checked against
+the installed dataclass in `kit.recipe.training_arguments`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict about types, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def written(self) -> set[str]:
+        """The keys that the recipe gives a value; `null` gives none, and so drops what `extends` inherits."""
+        return {name for name in self.model_fields_set if getattr(self, name) is not None}
+
+
+def _list_or_mapping(value: Any) -> str:
+    return "list" if isinstance(value, (list, tuple)) else "mapping"
+
+
+def _text_or_mapping(value: Any) -> str:
+    return "mapping" if isinstance(value, (dict, BaseModel)) else "text"
+
+
+# Strict mode would refuse the lists that YAML produces where a tuple keeps the model immutable.
+def _sequence(item: Any) -> Any:
+    return Annotated[tuple[item, ...], Field(strict=False)]
+
+
+def _at_least_one(items: tuple) -> tuple:
+    if not items:
+        raise ValueError("at least one entry is needed")
+    return items
+
+
+# A validator, not `min_length`: pydantic would count only the valid items, and call a list with one bad item too short.
+def _non_empty(item: Any) -> Any:
+    return Annotated[
+        tuple[item, ...], Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_at_least_one)
+    ]
+
+
+class Source(Section):
+    """One source of documents: text or JSONL files, or a corpus that is on every machine."""
+
+    path: str | None = None
+    """A file or a glob, relative to the working directory."""
+    builtin: Literal["python-reference", "docstrings"] | None = None
+    """A corpus read from the machine: `python-reference` (language reference and standard library), or
+    `docstrings` (of the installed `packages`)."""
+    packages: _sequence(str) = ()
+    """For `docstrings`: the installed packages to read."""
+    format: Literal["text", "jsonl"] | None = None
+    """Format of the files; by default `jsonl` for `.jsonl` and `.ndjson`, else `text`."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """For text: what one document is: a whole file, a paragraph (separated by blank lines), or a line."""
+    separator: str | None = Field(default=None, min_length=1)
+    """For text: a string that separates documents, such as "\\n\\n\\n"; instead of `sample_by`."""
+    text_column: str = "text"
+    """For JSONL: the field that holds the text."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Source":
+        if (self.path is None) == (self.builtin is None):
+            raise ValueError("a source has either `path` or `builtin`")
+        if (self.builtin == "docstrings") != bool(self.packages):
+            raise ValueError("`packages` goes with `builtin: docstrings`, and `docstrings` needs at least one package")
+        if self.builtin and {"sample_by", "separator", "format", "text_column"} & self.written():
+            raise ValueError("`format`, `sample_by`, `separator` and `text_column` describe files, not `builtin`")
+        if self.separator is not None and "sample_by" in self.written():
+            raise ValueError("`separator` and `sample_by` contradict each other: keep one")
+        return self
+
+    @property
+    def name(self) -> str:
+        """A short name for tables and messages."""
+        return self.path or (f"{self.builtin}: {', '.join(self.packages)}" if self.packages else self.builtin)
+
+
+class TrainSource(Source):
+    """A source of training documents, with its share of the training tokens."""
+
+    weight: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training tokens that come from this source; the others divide the rest by their size."""
+
+
+class ValidationFraction(Section):
+    """A share of the training documents, held out by a hash of each document and a seed."""
+
+    fraction: float = Field(gt=0, lt=1)
+    """Share of the documents to hold out; adding data later moves no document to the other side."""
+    seed: int = 0
+    """Another seed holds out other documents."""
+
+
+class DataSection(Section):
+    """Where documents come from, how they are split, and how they become blocks of tokens."""
+
+    train: _non_empty(TrainSource)
+    """The sources of training documents."""
+    validation: (
+        Annotated[
+            Annotated[_non_empty(Source), Tag("list")] | Annotated[ValidationFraction, Tag("mapping")],
+            Discriminator(_list_or_mapping),
+        ]
+        | None
+    ) = None
+    """A fraction of the training documents, or a list of sources."""
+    block_size: int = Field(default=512, ge=8)
+    """Label positions per row, in tokens; at most the positions that the model has."""
+    packing: bool = True
+    """Fill every row with whole and partial documents, isolated from each other; `false` gives each its own row."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """Share of a source's tokens that may be left out of training before the run is refused."""
+    store_dir: str = "runs/.store"
+    """Folder of the token stores, shared by all runs and keyed by content, tokenizer and settings."""
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> "DataSection":
+        weights = [source.weight for source in self.train if source.weight is not None]
+        everything = len(weights) == len(self.train)
+        if (everything and abs(sum(weights) - 1) > 1e-6) or (not everything and sum(weights) >= 1):
+            expected = "1, as every source has one" if everything else "less than 1, as some sources have none"
+            raise ValueError(f"the weights of `train` add up to {sum(weights):g}; expected {expected}")
+        return self
+
+
+class TrainedTokenizer(Section):
+    """A byte-level BPE tokenizer to train on the training documents."""
+
+    vocab_size: int = Field(ge=257)
+    """Number of tokens, the end-of-text token and the 256 bytes included."""
+
+
+class ModelSection(Section):
+    """The model to start from, and its tokenizer."""
+
+    name_or_path: str | None = None
+    """A model on the Hub or a local folder, as `from_pretrained` takes it."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    from_config: dict[str, Any] | None = None
+    """A fresh, randomly initialised model: `model_type` and the attributes of its configuration class."""
+    tokenizer: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[TrainedTokenizer, Tag("mapping")], Discriminator(_text_or_mapping)
+        ]
+        | None
+    ) = None
+    """A tokenizer by name or folder (default: the model's own), or one to train on the training documents."""
+    config: dict[str, Any] = {}
+    """Attributes of the model's configuration to override, such as `attn_pdrop: 0.0`."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision in which the weights are held and trained; `training.bf16` decides how they are multiplied."""
+    attn_implementation: Literal["eager", "sdpa"] | None = None
+    """Attention kernel, under its name in `from_pretrained`; by default the model's own choice."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; demands a pinned `revision`."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if (self.name_or_path is None) == (self.from_config is None):
+            raise ValueError("a model has either `name_or_path` or `from_config`")
+        if self.from_config is not None:
+            if "model_type" not in self.from_config:
+                raise ValueError("`from_config` needs `model_type`, such as `gpt2`")
+            if self.tokenizer is None:
+                raise ValueError("`from_config` needs a `tokenizer`: a name, a folder, or `{vocab_size: …}` for one")
+            if self.config or self.revision or self.trust_remote_code:
+                raise ValueError("`config`, `revision`, `trust_remote_code` go with `name_or_path`, not `from_config`")
+        elif isinstance(self.tokenizer, TrainedTokenizer):
+            raise ValueError("a tokenizer is trained only for a fresh model (`from_config`), not a pretrained one")
+        if self.trust_remote_code and not _is_commit(self.revision):
+            raise ValueError("`trust_remote_code: true` demands a `revision` pinned to a full commit hash")
+        return self
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+class EvaluationSet(Source):
+    """A named set of documents to measure on: a split of the recipe's data, or a source of its own."""
+
+    split: Literal["train", "validation"] | None = None
+    """A split of `data`, instead of a source."""
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Of a source: only the documents that `data.validation` with this fraction and `seed` holds out, such as those that
+    the base model was not trained on."""
+    seed: int = 0
+    """Seed that goes with `fraction`."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Measure on at most this many documents, chosen by their hash."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "EvaluationSet":
+        if self.split is None:
+            return super()._one_kind()
+        if self.written() - {"split", "max_documents"}:
+            raise ValueError("`split` names documents of `data`: the keys that describe a source do not go with it")
+        return self
+
+    @model_validator(mode="after")
+    def _seed_goes_with_fraction(self) -> "EvaluationSet":
+        if self.fraction is None and "seed" in self.written():
+            raise ValueError("`seed` goes with `fraction`")
+        return self
+
+
+class Generation(Section):
+    """How sample continuations are drawn, under the names of `generate`."""
+
+    max_new_tokens: int = Field(default=40, ge=1)
+    """Number of tokens to add to each prompt."""
+    do_sample: bool = True
+    """Sample; `false` takes the most probable token each time."""
+    top_k: int = Field(default=50, ge=0)
+    """Sample among this many most probable tokens; 0 among all."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divisor of the logits before sampling."""
+    seed: int = 42
+    """Seed of the sampling."""
+
+
+class EvaluationSection(Section):
+    """What is measured before, during and after training."""
+
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")], EvaluationSet] = {}
+    """Named evaluation sets; by default `domain`, the validation split."""
+    prompts: _sequence(Annotated[str, Field(min_length=1)]) = ()
+    """Prompts that the model continues before and after training."""
+    generation: Generation = Generation()
+    """How the prompts are continued."""
+
+
+class EarlyStopping(Section):
+    """End training when the best-model metric stops improving."""
+
+    patience: int = Field(default=3, ge=1)
+    """Number of evaluations without improvement after which training ends."""
+    threshold: float = Field(default=0.0, ge=0)
+    """Least change of the metric that counts as an improvement."""
+
+
+class RunSection(Section):
+    """What a run does around training."""
+
+    output_dir: str | None = None
+    """The run directory; by default `runs/<stem of the recipe file>`."""
+    resume: str = "auto"
+    """`auto`: the newest complete checkpoint of this run directory, else a fresh start; `must`: a checkpoint or an
+    error; `never`: a fresh start, an earlier run being moved aside; or the path of a checkpoint."""
+    early_stopping: EarlyStopping | None = None
+    """When to end training before its last step."""
+
+
+class WandbSection(Section):
+    """Weights & Biases; `WANDB_*` environment variables win over these keys."""
+
+    project: str | None = None
+    """Project of the run; by default `domain-adaptation-kit`."""
+    entity: str | None = None
+    """User or team that owns the project."""
+    group: str | None = None
+    """Group of runs in the project."""
+    tags: _sequence(str) = ()
+    """Tags of the run."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """By default online where an API key is configured, else offline."""
+
+
+class TrackingSection(Section):
+    """Experiment trackers; `metrics.jsonl` is always written."""
+
+    wandb: WandbSection | None = None
+    """Follow the run in Weights & Biases."""
+
+
+class Recipe(Section):
+    """A whole recipe: what to adapt, to which domain, and how."""
+
+    task: Literal["causal-lm"]
+    """The kind of model and objective."""
+    model: ModelSection
+    data: DataSection
+    training: dict[str, Any] = {}
+    """`TrainingArguments` under their own names."""
+    evaluation: EvaluationSection = EvaluationSection()
+    run: RunSection = RunSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        needs_validation = [name for name, s in self.evaluation.sets.items() if s.split == "validation"]
+        if needs_validation and self.data.validation is None:
+            wanted = f"evaluation.sets.{needs_validation[0]} names the split `validation`"
+            raise ValueError(f"{wanted}, but `data.validation` is missing")
+        if self.evaluation.sets and not needs_validation and isinstance(self.data.validation, tuple):
+            raise ValueError("`data.validation` gives files, but no set of `evaluation.sets` has `split: validation`")
+        return self

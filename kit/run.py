@@ -1,0 +1,317 @@
+"""The product in reading order: what each command does, from recipe to scorecard."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from kit.console import is_main_process, quiet_libraries, say
+from kit.data.corpus import Corpus
+from kit.data.ledger import check_dropped, ledger_as_json, print_ledger
+from kit.errors import UserError
+from kit.evaluation.samples import continue_prompts, print_samples
+from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
+from kit.files import build_once, hash_values, is_sealed, read_json, write_json
+from kit.model.loading import model_key
+from kit.model.saving import save_model, saved_model_difference
+from kit.model.tokenizer import describe_special_tokens
+from kit.recipe.loading import differing_keys, dump_recipe, load_recipe, recipe_fingerprint
+from kit.recipe.models import Recipe
+from kit.tasks import causal_lm
+from kit.tracking import WandbTracker
+from kit.training.arguments import make_training_arguments
+from kit.training.callbacks.display import Display
+from kit.training.callbacks.metrics_log import MetricsLog
+from kit.training.checkpoints import checkpoints_newest_first, choose_checkpoint, discard_after
+from kit.training.preemption import Preempted, Preemption
+from kit.training.run_directory import RunDirectory, RunDirectoryInUse
+from kit.training.topology import barrier, check_topology, describe, from_main_process, local_main_process_first
+from kit.training.trainer import KitTrainer
+
+TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm}
+
+
+def train(recipe_path: str, overrides: list[str]) -> None:
+    """Adapt a model as a recipe says, from raw text to scorecard, or go on where an earlier attempt stopped.
+
+    Raises:
+        UserError: the recipe, its data or its model cannot be used.
+        Preempted: SIGTERM; the same command goes on from what was saved.
+    """
+    quiet_libraries()
+    recipe = load_recipe(recipe_path, overrides)
+    directory = run_directory(recipe, recipe_path)
+    with _attempt(directory) as preemption:
+        args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
+        check_topology(args)
+        if from_main_process(_is_finished(recipe, directory)):
+            print_scorecard(read_json(directory.scorecard))
+            say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
+            return
+        directory.start(dump_recipe(recipe), topology=describe(args), precision=precision)
+        say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
+
+        run = prepare_run(recipe, args, directory)
+        directory.note(data=run.corpus.key, model=run.model_key, parameters=run.model.num_parameters())
+        before = measure_before(run)
+        with _tracker(run) as tracker:
+            figures = run_training(run, tracker, preemption)
+            after = {"figures": figures or run.measure(), "samples": run.sample()}
+            scorecard = finish(run, before, after, tracker)
+        print_scorecard(scorecard)
+        say(f"model: {directory.model}    scorecard: {directory.scorecard}")
+
+
+def prepare(recipe_path: str, overrides: list[str]) -> None:
+    """Do all of a run that needs no training: tokenizer, token stores, ledger, the scorecard's "before"."""
+    quiet_libraries()
+    recipe = load_recipe(recipe_path, overrides)
+    directory = run_directory(recipe, recipe_path)
+    args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
+    check_topology(args)
+    directory.lock()
+    try:
+        before = measure_before(prepare_run(recipe, args, directory))
+    finally:
+        directory.unlock()
+    print_figures("Before training", before["figures"])
+
+
+def evaluate(target: str, overrides: list[str], model: str | None, output: str | None) -> None:
+    """Measure a model on the evaluation sets of a recipe, or of the recipe that a run directory holds."""
+    quiet_libraries()
+    directory = RunDirectory(target)
+    recipe_path = directory.recipe if directory.path.is_dir() else Path(target)
+    if directory.path.is_dir() and model is None:
+        if not directory.model.is_dir():
+            raise UserError(f"{target}: no finished run (it has no model/); expected a run directory or a recipe file")
+        model = str(directory.model)
+    recipe = load_recipe(recipe_path, [*overrides, *(_instead_of_its_model(model) if model else [])])
+    args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
+    check_topology(args)
+    run = prepare_run(recipe, args, None)
+    if not run.corpus.sets:
+        raise UserError(f"{recipe_path}: nothing to evaluate: give `data.validation` or `evaluation.sets`")
+    figures = run.measure()
+    print_figures(recipe.model.name_or_path or "fresh model", figures)
+    if output and is_main_process():
+        write_json(output, {"task": recipe.task, "model": recipe.model.name_or_path, "sets": figures})
+
+
+# ---- the parts of a run, in their order
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with everything that was made from it."""
+
+    recipe: Recipe
+    task: ModuleType
+    args: TrainingArguments
+    directory: RunDirectory | None
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    model: PreTrainedModel
+    model_key: str
+
+    def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
+        """Return the model's figures on every evaluation set."""
+        return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
+
+    def sample(self) -> list[list[str]]:
+        """Return continuations of the recipe's prompts; on the main process only."""
+        if not is_main_process():
+            return []
+        generation = self.recipe.evaluation.generation.model_dump()
+        return continue_prompts(self.model, self.tokenizer, self.recipe.evaluation.prompts, **generation)
+
+
+def prepare_run(recipe: Recipe, args: TrainingArguments, directory: RunDirectory | None) -> Run:
+    """Make tokenizer, token stores, rows, ledger and model; the first process of each machine builds what is missing.
+
+    Raises:
+        UserError: data or model cannot be used, or more tokens would be dropped than the recipe allows.
+    """
+    task = TASKS[recipe.task]
+    with local_main_process_first():
+        tokenizer = task.prepare_tokenizer(recipe)
+        corpus = task.prepare_examples(recipe, tokenizer, args.seed)
+    if directory:
+        describe_special_tokens(tokenizer)
+        print_ledger(corpus.ledger)
+        if is_main_process():
+            write_json(directory.ledger, ledger_as_json(corpus.ledger))
+        check_dropped(corpus.ledger, recipe.data.max_dropped)
+    model = task.load_model(recipe, tokenizer, args.seed).to(args.device)
+    # Hashing the weights of a large model takes a while: once is enough.
+    key = from_main_process(model_key(recipe.model, args.seed) if is_main_process() else None)
+    return Run(recipe, task, args, directory, tokenizer, corpus, model, key)
+
+
+def measure_before(run: Run) -> dict[str, Any]:
+    """Return figures and samples of the base model, from the store if they were taken before."""
+    sets = {name: documents.key for name, documents in run.corpus.sets.items()}
+    asked = run.recipe.evaluation.model_dump(mode="json")
+    key = hash_values("before", run.model_key, sets, run.recipe.data.block_size, asked)
+    folder = Path(run.recipe.data.store_dir) / "before" / key
+    if not from_main_process(is_sealed(folder)):
+        measured = {"figures": run.measure(), "samples": run.sample()}
+        if is_main_process():
+            build_once(folder, lambda temporary: write_json(temporary / "before.json", measured))
+        barrier()
+    return read_json(folder / "before.json")
+
+
+def run_training(run: Run, tracker: WandbTracker | None, preemption: Preemption) -> dict[str, Figures] | None:
+    """Train the run's model in place, from the checkpoint that `run.resume` chooses.
+
+    Returns:
+        The figures of the trained model, if the last evaluation on the way measured it.
+    """
+    recipe, directory = run.recipe, run.directory
+    fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key}
+    checkpoint = from_main_process(_resume_point(run, fingerprints) if is_main_process() else None)
+    say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    callbacks = [MetricsLog(directory.metrics)]
+    if recipe.run.early_stopping:
+        callbacks.append(EarlyStoppingCallback(recipe.run.early_stopping.patience, recipe.run.early_stopping.threshold))
+    if tracker:
+        callbacks.append(tracker.callback())
+    use_cache = run.model.config.use_cache
+    trainer = KitTrainer(
+        model=run.model,
+        args=run.args,
+        data_collator=run.corpus.collate,
+        train_dataset=run.corpus.rows,
+        eval_dataset=run.corpus.sets or None,
+        processing_class=run.tokenizer,
+        callbacks=callbacks,
+        task=run.task,
+        measure=run.measure,
+        preemption=preemption,
+        fingerprints=fingerprints,
+    )
+    # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
+    # loads the model; the kit passes `use_cache` with every call instead.
+    run.model.config.use_cache = use_cache
+    display = Display(lambda: float(trainer.weight_seen))
+    trainer.add_callback(display)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        display.close()
+    # Takes accelerate's autocast off the model's forward again.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.final_figures()
+
+
+def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: WandbTracker | None) -> dict[str, Any]:
+    """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
+    scorecard = make_scorecard(run.recipe.task, before["figures"], after["figures"])
+    if is_main_process():
+        save_model(run.model, run.tokenizer, run.directory.model)
+        run.directory.note(reloaded_logits_differ_by=saved_model_difference(run.model, run.directory.model))
+        pairs = zip(run.recipe.evaluation.prompts, before["samples"], after["samples"], strict=True)
+        samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in pairs]
+        write_json(run.directory.samples, samples)
+        print_samples(samples)
+        if tracker:
+            tracker.summarise(scorecard)
+        write_json(run.directory.scorecard, scorecard)
+    barrier()
+    return scorecard
+
+
+# ---- around a run
+
+
+def run_directory(recipe: Recipe, recipe_path: str | Path) -> RunDirectory:
+    """Return the folder of a recipe's run."""
+    return RunDirectory(recipe.run.output_dir or Path("runs") / Path(recipe_path).stem)
+
+
+@contextmanager
+def _attempt(directory: RunDirectory) -> Iterator[Preemption]:
+    """Hold the run directory, listen for SIGTERM, and record in the manifest how it ended."""
+    preemption = Preemption()
+    stop_listening = preemption.install()
+    outcome: dict[str, Any] | None = {"status": "failed"}
+    try:
+        directory.lock()
+        yield preemption
+        outcome = {"status": "done"}
+    except RunDirectoryInUse:
+        outcome = None  # the manifest there is another run's
+        raise
+    except UserError as error:
+        outcome = {"status": "user-error", "message": str(error)}
+        raise
+    except Preempted:
+        outcome = {"status": "preempted"}
+        raise
+    except Exception as error:
+        outcome["message"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        stop_listening()
+        if outcome:
+            directory.end(**outcome)
+        directory.unlock()
+
+
+@contextmanager
+def _tracker(run: Run) -> Iterator[WandbTracker | None]:
+    """Begin the W&B run, if the recipe has one, and close it however the training ends."""
+    section = run.recipe.tracking.wandb
+    if section is None:
+        yield None
+        return
+    tracker = WandbTracker(section, run.directory.path, run.directory.path.name)
+    tracker.start(run.recipe.model_dump(mode="json"))
+    exit_code = 1
+    try:
+        yield tracker
+        exit_code = 0
+    finally:
+        tracker.finish(exit_code)
+
+
+def _is_finished(recipe: Recipe, directory: RunDirectory) -> bool:
+    """Tell whether this very recipe's run has ended here; keep runs of different recipes apart.
+
+    Raises:
+        UserError: the folder holds the run of another recipe.
+    """
+    if not is_main_process():
+        return False
+    if recipe.run.resume == "never":
+        directory.move_aside()
+        return False
+    has_run = directory.is_finished() or checkpoints_newest_first(directory.checkpoints)
+    if not has_run or not directory.recipe.is_file():
+        return False
+    if differences := differing_keys(load_recipe(directory.recipe), recipe):
+        listed = "\n".join(f"  {difference}" for difference in differences)
+        raise UserError(
+            f"{directory.path}: holds a run of another recipe, which this one cannot go on with:\n{listed}\n"
+            f"choose another folder with `run.output_dir=…`, or run afresh with `run.resume=never`, which keeps the old "
+            f"one aside"
+        )
+    return directory.is_finished()
+
+
+def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
+    checkpoints = run.directory.checkpoints
+    checkpoint = choose_checkpoint(run.recipe.run.resume, checkpoints, run.args.world_size, fingerprints)
+    discard_after(checkpoint, checkpoints)
+    return checkpoint
+
+
+def _instead_of_its_model(path: str) -> list[str]:
+    """Return the overrides that put another model, with its own tokenizer, in the place of a recipe's."""
+    quoted = "'" + path.replace("'", "''") + "'"
+    return [f"model={{name_or_path: {quoted}}}"]

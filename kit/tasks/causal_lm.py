@@ -1,0 +1,108 @@
+"""Causal language modelling: predict the next token of domain text.
+
+Each task module has the same functions; `kit.run` calls them and knows no task by name.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from kit.data.blocks import IGNORE_INDEX
+from kit.data.corpus import Corpus, TokenCoding, build_corpus, training_documents, training_documents_key
+from kit.evaluation.language_modeling import evaluate_documents
+from kit.model.isolation import check_isolation
+from kit.model.loading import check_alignment, load_causal_lm
+from kit.model.tokenizer import encoder, load_tokenizer, tokenizer_key
+from kit.recipe.models import Recipe
+
+Figures = dict[str, float | int]
+
+# What an evaluation during training logs of each set, and what a best model can be chosen by.
+LOGGED_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "token_accuracy", "eos_nats")
+HIGHER_IS_BETTER = {"token_accuracy"}
+DEFAULT_FIGURE = "bits_per_byte"
+
+
+def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer, or train it on the training documents."""
+    return load_tokenizer(
+        recipe.model,
+        recipe.data.store_dir,
+        lambda: training_documents(recipe.data),
+        lambda: training_documents_key(recipe.data),
+    )
+
+
+def prepare_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
+    """Tokenise the recipe's sources and lay out training rows and evaluation sets."""
+    return build_corpus(recipe.data, recipe.evaluation.sets, token_coding(tokenizer), seed)
+
+
+def token_coding(tokenizer: PreTrainedTokenizerBase) -> TokenCoding:
+    """Return what the data needs to know of a tokenizer."""
+    eos = tokenizer.eos_token_id
+    return TokenCoding(
+        key=tokenizer_key(tokenizer),
+        encode=encoder(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        eos_token_id=eos,
+        context_token_id=eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Load the recipe's model and check that it fits tokenizer, block size and packing.
+
+    Raises:
+        UserError: it does not.
+    """
+    model = load_causal_lm(recipe.model, tokenizer, seed)
+    check_alignment(model, tokenizer, recipe.data.block_size)
+    if recipe.data.packing:
+        check_isolation(model, len(tokenizer))
+    return model
+
+
+def loss_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the number of label positions of a batch, what `loss_sum` is to be divided by: int64 scalar."""
+    return batch["shift_labels"].ne(IGNORE_INDEX).sum()
+
+
+def loss_sum(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], args: TrainingArguments) -> torch.Tensor:
+    """Return the sum of -ln p over the label positions of a batch, in nats: scalar with gradient.
+
+    Args:
+        model: the causal LM, wrapped for several processes where there are several.
+        batch: `input_ids`, `shift_labels` and, where rows are packed, `position_ids`: int64 (rows, positions).
+        args: `label_smoothing_factor` is honoured.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "shift_labels"}
+    # With a cache transformers no longer tells packed documents apart, whatever the configuration says: never one.
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        batch["shift_labels"].flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        label_smoothing=args.label_smoothing_factor,
+    )
+
+
+def evaluate(
+    model: torch.nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, Figures]:
+    """Return the figures of each evaluation set; `poll` is called between batches and may raise to interrupt."""
+    context = token_coding(tokenizer).context_token_id
+    batch_size = args.per_device_eval_batch_size
+    return {
+        name: evaluate_documents(model, documents, recipe.data.block_size, context, batch_size, poll).figures()
+        for name, documents in corpus.sets.items()
+    }

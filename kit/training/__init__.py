@@ -1,0 +1,1 @@
+"""The Trainer subclass and everything around a training run."""

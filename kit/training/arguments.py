@@ -1,0 +1,104 @@
+"""From the recipe's `training` section to `TrainingArguments`: what the kit decides, and nothing else."""
+
+import dataclasses
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import TrainingArguments
+
+from kit.errors import UserError, did_you_mean
+from kit.model.precision import has_accelerator, supports_bf16
+from kit.recipe.models import Recipe
+
+
+def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path) -> tuple[TrainingArguments, str]:
+    """Return the arguments of a run, and a line that says which precision was chosen and why.
+
+    Creating them also creates the process group, and registers ZeRO-3 where it is used: before any model exists.
+
+    Raises:
+        UserError: the values contradict each other.
+    """
+    values = dict(recipe.training)
+    on_cpu = values.get("use_cpu") or not has_accelerator()
+    precision = _choose_precision(values, on_cpu)
+    kit_values = {
+        "output_dir": str(checkpoints.absolute()),
+        # Otherwise accelerate looks for a GPU backend and every process believes that it is alone.
+        "use_cpu": bool(on_cpu),
+        "dataloader_pin_memory": not on_cpu,
+        # Trainer would replace a NaN loss by the average of earlier ones.
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "report_to": values.get("report_to", "none"),
+        # Every parameter gets a gradient, so DDP need not search for ones that do not.
+        "ddp_find_unused_parameters": values.get("ddp_find_unused_parameters", False),
+    }
+    if recipe.run.early_stopping:
+        # EarlyStoppingCallback counts its patience in memory; only this makes Trainer restore the count.
+        kit_values["restore_callback_states_from_checkpoint"] = True
+    kit_values |= _best_model_metric(recipe, task)
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    try:
+        args = TrainingArguments(**{**values, **{k: v for k, v in kit_values.items() if k in known}})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("training.fp16: a CPU multiplies fp16 a hundred times slower than fp32; leave it out")
+    _check_evaluation(recipe, args)
+    return args, precision
+
+
+def _choose_precision(values: dict[str, Any], on_cpu: bool) -> str:
+    """Set `bf16` where the recipe leaves the precision open; return what was chosen and why."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ["ACCELERATE_MIXED_PRECISION"] != "no":
+        raise UserError(
+            f"the launch file sets mixed_precision to {os.environ['ACCELERATE_MIXED_PRECISION']}, which would decide "
+            f"beside the recipe; remove it there and set `training.bf16` or `training.fp16`, or neither"
+        )
+    for name in ("bf16", "fp16"):
+        if values.get(name):
+            return f"{name} (recipe)"
+    if "bf16" in values or "fp16" in values:
+        return "fp32 (recipe)"
+    good, reason = supports_bf16()
+    values["bf16"] = good
+    return f"{'bf16' if good else 'fp32'} ({reason})"
+
+
+def _best_model_metric(recipe: Recipe, task: ModuleType) -> dict[str, Any]:
+    """Return the metric that the best model is chosen by, and its direction.
+
+    Raises:
+        UserError: the recipe names one that no evaluation gives.
+    """
+    sets = list(recipe.evaluation.sets) or ["domain"]
+    metrics = [f"{name}_{figure}" for name in sets for figure in task.LOGGED_FIGURES]
+    metric = recipe.training.get("metric_for_best_model")
+    if metric is None:
+        metric = f"{sets[0]}_{task.DEFAULT_FIGURE}"
+    elif metric.removeprefix("eval_") not in metrics:
+        raise UserError(f"training.metric_for_best_model: no such metric: `{metric}`{did_you_mean(metric, metrics)}")
+    better = recipe.training.get("greater_is_better")
+    higher = any(metric.endswith(figure) for figure in task.HIGHER_IS_BETTER)
+    if better is not None and better != higher:
+        raise UserError(
+            f"training.greater_is_better: found {better}, but of `{metric}` {'more' if higher else 'less'} is better"
+        )
+    return {"metric_for_best_model": metric, "greater_is_better": higher}
+
+
+def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:
+    wants_evaluation = recipe.run.early_stopping or args.load_best_model_at_end
+    if args.eval_strategy.value == "no":
+        if wants_evaluation:
+            key = "run.early_stopping" if recipe.run.early_stopping else "training.load_best_model_at_end"
+            raise UserError(f"{key} needs evaluations: set `training.eval_strategy` to `steps` or `epoch`")
+        return
+    if not recipe.evaluation.sets and recipe.data.validation is None:
+        raise UserError(
+            "training.eval_strategy needs something to evaluate: give `data.validation` or `evaluation.sets`"
+        )

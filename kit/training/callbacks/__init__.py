@@ -1,0 +1,1 @@
+"""What happens during training, one callback a file."""

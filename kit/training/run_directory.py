@@ -1,0 +1,167 @@
+"""The run directory: one run at a time, a manifest of what happened, nothing lost without a word."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kit.console import is_main_process, say
+from kit.errors import UserError
+from kit.files import read_json, write_json, write_text
+
+PACKAGES = (
+    "torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "wandb", "tokenizers", "safetensors",
+    "numpy",
+)  # fmt: skip
+
+
+class RunDirectory:
+    """The folder of one run. Only the main process writes to it.
+
+    Attributes:
+        path: the folder.
+        checkpoints: where checkpoints are.
+        model: the final model.
+        scorecard: before, after and their difference.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the folder; nothing is created yet."""
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.recipe = self.path / "recipe.yaml"
+        self.ledger = self.path / "ledger.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.json"
+        self.scorecard = self.path / "scorecard.json"
+        self.manifest = self.path / "manifest.json"
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._facts: dict[str, Any] = {}
+
+    def lock(self) -> None:
+        """Reserve the folder for this run; the operating system releases it however the process ends.
+
+        Raises:
+            UserError: another run has it, or it cannot be written.
+        """
+        if not is_main_process():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryInUse(
+                f"{self.path}: another run is using this folder; wait for it, or choose another with `run.output_dir=…`"
+            ) from None
+        except OSError as error:
+            raise RunDirectoryInUse(
+                f"run.output_dir: {self.path.absolute()} cannot be written: {error.strerror}"
+            ) from None
+
+    def unlock(self) -> None:
+        """Release the folder."""
+        if self._lock.is_locked:
+            self._lock.release()
+
+    def is_finished(self) -> bool:
+        """Tell whether a run ended here: the scorecard is the last thing that it writes."""
+        return self.scorecard.is_file()
+
+    def move_aside(self) -> None:
+        """Keep an earlier run under another name, so that a fresh one can take its place."""
+        if not is_main_process() or not any(self.path.iterdir()):
+            return
+        number = next(n for n in range(1, 10_000) if not self.path.with_name(f"{self.path.name}.{n}").exists())
+        target = self.path.with_name(f"{self.path.name}.{number}")
+        self.path.rename(target)
+        self.path.mkdir()
+        say(f"earlier run moved to {target}")
+
+    def start(self, recipe_text: str, **facts: Any) -> None:
+        """Write the resolved recipe and the manifest of a run that begins or goes on."""
+        if not is_main_process():
+            return
+        write_text(self.recipe, recipe_text)
+        earlier = read_json(self.manifest) if self.manifest.is_file() else {}
+        self._facts = {
+            "status": "running",
+            "command": shlex.join(["kit", *sys.argv[1:]]),
+            "started": earlier.get("started", _now()),
+            "attempts": earlier.get("attempts", 0) + 1,
+            "versions": {name: _version(name) for name in ("domain-adaptation-kit", *PACKAGES)},
+            "python": platform.python_version(),
+            "git": git_state(),
+            **facts,
+        }
+        write_json(self.manifest, self._facts)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        if is_main_process() and self._facts:
+            self._facts.update(facts, updated=_now())
+            write_json(self.manifest, self._facts)
+
+    def end(self, status: str, **facts: Any) -> None:
+        """Record how the run ended: `done`, `user-error`, `failed` or `preempted`."""
+        if is_main_process() and self.path.is_dir():
+            if not self._facts:
+                self._facts = read_json(self.manifest) if self.manifest.is_file() else {"command": shlex.join(sys.argv)}
+            self.note(status=status, ended=_now(), **facts)
+
+
+class RunDirectoryInUse(UserError):
+    """The folder cannot be had; what is in it belongs to somebody else and stays as it is."""
+
+
+def read_status(path: str | Path) -> str:
+    """Return the status of a run directory, `missing` where there is none.
+
+    A run that was killed cannot write its end: `running` without a living owner is reported as `killed`.
+    """
+    directory = RunDirectory(path)
+    try:
+        status = read_json(directory.manifest)["status"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return "missing"
+    if status != "running":
+        return status
+    try:
+        directory._lock.acquire(timeout=0)
+    except Timeout:
+        return "running"
+    directory._lock.release()
+    return "killed"
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return commit and dirtiness of the repository that the run is started in, or None outside of one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes.strip())}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def exit_code(status: str) -> int:
+    """Return the exit code that goes with a status: what `kit train` itself would have ended with."""
+    return {"done": 0, "user-error": 2, "preempted": 143}.get(status, 1)

@@ -1,0 +1,123 @@
+"""How many processes a run has, and whether everybody agrees on it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from kit.console import is_local_main_process
+from kit.errors import UserError
+
+
+def announced_processes() -> tuple[int, str]:
+    """Return how many processes the launcher announced, and where that was read.
+
+    torchrun and `accelerate launch` set WORLD_SIZE. Where accelerate starts a single process although its command or
+    configuration file asks for more (`--cpu --num_processes 2`, `distributed_type: MULTI_CPU`), only the launcher's
+    command line, that of the parent process, still tells.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]), "WORLD_SIZE"
+    try:
+        command = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return 1, "a plain start"
+    if not any("accelerate" in word for word in command[:3]) or "launch" not in command[:5]:
+        return 1, "a plain start"
+    if (number := _option(command, "--num_processes")) is not None:
+        return int(number), "--num_processes of accelerate launch"
+    if (path := _option(command, "--config_file")) is not None:
+        with open(path, encoding="utf-8") as file:
+            return int(yaml.safe_load(file).get("num_processes", 1)), path
+    return 1, "accelerate launch"
+
+
+def _option(command: list[str], name: str) -> str | None:
+    for word, following in zip(command, [*command[1:], None], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def check_topology(args: TrainingArguments) -> None:
+    """Refuse a run whose processes do not know of each other, or whose single process would drive several GPUs.
+
+    Raises:
+        UserError: the number of processes announced differs from accelerate's.
+    """
+    announced, where = announced_processes()
+    if announced != args.world_size:
+        raise UserError(
+            f"{where} announces {announced} processes, accelerate has {args.world_size}: each would train alone. On "
+            f"CPUs launch with `make train LAUNCH=cpu_2proc`, or with a launch file of `distributed_type: MULTI_GPU`"
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process sees {args.n_gpu} GPUs, which Trainer would drive with torch.nn.DataParallel; launch one process "
+            f"per GPU (`accelerate launch`), or choose one with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def describe(args: TrainingArguments) -> dict[str, object]:
+    """Return devices and processes as they stand in the manifest."""
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    return {
+        "processes": args.world_size,
+        "device": device,
+        "threads_per_process": torch.get_num_threads(),
+        "distributed_type": args.distributed_state.distributed_type.value,
+    }
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_main_process(value: object) -> object:
+    """Return what the main process passed, on every process."""
+    return broadcast_object_list([value])[0] if dist.is_initialized() else value
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return, on every process, whether `flag` is set on at least one."""
+    if not dist.is_initialized():
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, on every process."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+@contextmanager
+def local_main_process_first() -> Iterator[None]:
+    """Run a block on the first process of each machine, then on the others.
+
+    Preparing a corpus may take hours, so the others wait in a group of their own: the default group's barrier would
+    give up after `ddp_timeout`.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    if not is_local_main_process():
+        dist.barrier(patient)
+    yield
+    if is_local_main_process():
+        dist.barrier(patient)

@@ -1,0 +1,298 @@
+"""The Trainer subclass: a loss that is normalised right, exact evaluation, and checkpoints that resume exactly."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from kit.data.sampling import EpochBatches
+from kit.files import is_sealed, read_json, write_json
+from kit.training.checkpoints import complete_checkpoint
+from kit.training.preemption import Preempted, Preemption
+from kit.training.topology import any_process, barrier, sum_over_processes
+
+_PROGRESS = "progress.json"
+_LOSS = "loss_{rank}.pt"
+_SESSION_RATES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+class EvaluationInterrupted(Exception):
+    """Raised on all processes alike when an evaluation gives way to a preemption."""
+
+
+class KitTrainer(Trainer):
+    """Trainer with the faults mended that matter here; each override names its own.
+
+    Args:
+        task: a module of `kit.tasks`, whose `loss_sum` and `loss_weight` define the objective.
+        measure: evaluates the model on every set of the recipe; takes a function to call between batches.
+        preemption: where a SIGTERM is noticed.
+        fingerprints: of recipe and data, stored with each checkpoint.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        task: ModuleType,
+        measure: Callable[[Callable[[], None]], dict[str, dict[str, float]]],
+        preemption: Preemption,
+        fingerprints: dict[str, str],
+        **kwargs: Any,
+    ) -> None:
+        """Set up; the remaining arguments are Trainer's."""
+        super().__init__(*args, **kwargs)
+        self.task = task
+        self.measure = measure
+        self.preemption = preemption
+        self.fingerprints = fingerprints
+        # `compute_loss` normalises over the whole global batch, so nothing is left to divide: this says so to
+        # transformers 5.23, and the next line to versions before it.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.weight_seen = torch.tensor(
+            0
+        )  # by this process since it began; a tensor, so that no step waits for the GPU
+        self.last_evaluation: tuple[int, dict[str, dict[str, float]] | None] = (-1, None)
+        self._resumed_from: Path | None = None
+        self._over = False
+        self._in_epoch_end = False
+        self.remove_callback(PrinterCallback)  # prints raw dictionaries
+        self.add_callback(_Hooks(self))
+
+    # ---- Data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return this process's batches; accelerate's sharding would repeat rows to even out the last batch."""
+        batches = EpochBatches(
+            len(self.train_dataset),
+            self._train_batch_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            self.args.world_size,
+            self.args.process_index,
+        )
+        workers = self.args.dataloader_num_workers
+        return _EpochLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
+        )
+
+    # ---- Loss ----
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor:
+        """Return the loss weight of the global batch: all micro-batches, all processes.
+
+        Trainer counts labels, and only where a key `labels` exists; it knows neither shifted labels nor class weights.
+        """
+        weight = torch.stack([self.task.loss_weight(batch) for batch in batch_samples]).sum()
+        weight = sum_over_processes(weight.to(device))
+        self.weight_seen = self.weight_seen + weight
+        return weight
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's part of the mean loss over the global batch.
+
+        Many heads ignore `num_items_in_batch` and return a plain mean, which Trainer takes for normalised: their
+        gradient grows with accumulation and processes (transformers#47688). DDP averages gradients over processes,
+        hence the factor.
+        """
+        return self.task.loss_sum(model, inputs, self.args) / num_items_in_batch * self.args.world_size
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the recipe's sets; Trainer's own loop averages batch means, which depends on batches and processes."""
+        sets = self.measure(self._poll)
+        metrics = {f"{metric_key_prefix}_{s}_{name}": sets[s][name] for s in sets for name in self.task.LOGGED_FIGURES}
+        self.last_evaluation = (self.state.global_step, sets)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def final_figures(self) -> dict[str, dict[str, float]] | None:
+        """Return the last evaluation's figures, if they are those of the model that training ended with."""
+        step, sets = self.last_evaluation
+        restored_best = self.args.load_best_model_at_end and self.state.best_global_step
+        return sets if step == (self.state.best_global_step if restored_best else self.state.global_step) else None
+
+    def _poll(self) -> None:
+        if any_process(self.preemption.requested, self.args.device):
+            raise EvaluationInterrupted
+
+    # ---- Step boundaries: log, evaluate, save; preemption ----
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Do what is due at a step boundary, and end here if a process was asked to.
+
+        What is due but was not done is written into the checkpoint and done first on resume; Trainer forgets it.
+        """
+        preempted = any_process(self.preemption.requested, self.args.device)
+        due = {"evaluate": self.control.should_evaluate, "save": self.control.should_save}
+        if preempted:
+            self.control.should_evaluate, self.control.should_save = False, False
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationInterrupted:
+            preempted = True
+        if preempted:
+            self._save_checkpoint(model, trial, due)
+            raise Preempted
+
+    def _catch_up(self, due: dict[str, bool], in_epoch_end: bool, stopped: bool) -> None:
+        """Do what the run that is resumed still had to do after the step that its checkpoint was saved at.
+
+        Trainer has a boundary after each step and another one after each epoch, and resumes behind both.
+        """
+        boundary = (self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
+        if any(due.values()):
+            self.control.should_evaluate, self.control.should_save = due["evaluate"], due["save"]
+            self._maybe_log_save_evaluate(*boundary)
+        self._over = stopped or self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if not in_epoch_end and (self._over or self.state.epoch == int(self.state.epoch)):
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(*boundary)
+            self._over = self._over or self.control.should_training_stop
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, unless the run that is resumed had ended; Trainer would train one step more."""
+        if self._over:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: Any, trial: Any, due: dict[str, bool] | None = None) -> None:
+        """Save a checkpoint whose marker is written last, then let older ones go.
+
+        Trainer writes in place without a marker and deletes the checkpoint before while the new one may be broken.
+        """
+        run_dir = Path(self.args.output_dir)
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        is_new = not is_sealed(folder)
+        barrier()  # nobody writes before everybody has looked
+        if is_new:
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)
+            barrier()
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self._save_progress(folder, due or {"evaluate": False, "save": False})
+            barrier()
+            if self.args.should_save:
+                complete_checkpoint(folder, self.state.global_step, self.args.world_size, self.fingerprints)
+        elif self.state.best_global_step == self.state.global_step:
+            # The same step's state, saved before its evaluation was interrupted: only the verdict is new.
+            self.state.best_model_checkpoint = str(folder)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        barrier()
+
+    def _save_progress(self, folder: Path, due: dict[str, bool]) -> None:
+        """Save what Trainer keeps in memory only: the loss since the last log line, and what is still to be done."""
+        loss = {
+            "since_last_log": self._tr_loss.cpu(),
+            "total": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+        }
+        torch.save(loss, folder / _LOSS.format(rank=self.args.process_index))
+        if self.args.should_save:
+            stopped = self.control.should_training_stop
+            write_json(folder / _PROGRESS, {"due": due, "in_epoch_end": self._in_epoch_end, "stopped": stopped})
+
+    def _restore_progress(self) -> None:
+        """Restore what `_save_progress` saved, and catch up with it."""
+        if self._resumed_from is None:
+            return
+        rank_loss = self._resumed_from / _LOSS.format(rank=self.args.process_index)
+        loss = torch.load(rank_loss, weights_only=True, map_location="cpu")
+        self._tr_loss = loss["since_last_log"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = loss["total"], loss["logged"]
+        self._initial_global_step = 0  # the mean training loss covers the whole run, whatever it was split into
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if is_sealed(best) else None
+        self._catch_up(**read_json(self._resumed_from / _PROGRESS))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log without the summary's rates, which would set the samples of a whole run against one session's time."""
+        super().log({name: value for name, value in logs.items() if name not in _SESSION_RATES}, start_time)
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+        """Train, resuming from a complete checkpoint where one is given.
+
+        Raises:
+            Preempted: a process was asked to end; a checkpoint is saved.
+        """
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.preemption.deferred = True
+        try:
+            return super().train(
+                resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs
+            )
+        finally:
+            self.preemption.deferred = False
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that does not hold every tensor; Trainer loads non-strictly and logs a line."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = set(load_result.missing_keys) - tied
+        if missing or load_result.unexpected_keys:
+            raise RuntimeError(
+                f"checkpoint and model differ: missing {missing}, unexpected {load_result.unexpected_keys}"
+            )
+        self.model.tie_weights()
+
+
+class _EpochLoader(DataLoader):
+    """A DataLoader that passes the epoch on to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Hooks(TrainerCallback):
+    """Where Trainer's loop calls back into its subclass."""
+
+    def __init__(self, trainer: KitTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._restore_progress()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._in_epoch_end = False
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._in_epoch_end = True

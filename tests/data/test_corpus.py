@@ -1,0 +1,271 @@
+"""From a recipe's data section to rows, evaluation sets and ledger, with the tiny tokenizer."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from kit.data.blocks import IGNORE_INDEX
+from kit.data.corpus import build_corpus, training_documents, training_documents_key
+from kit.errors import UserError
+from kit.recipe.models import DataSection, EvaluationSet
+from tests.material import documents
+
+SEPARATOR = "\n\n\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, texts):
+        path = tmp_path / name
+        path.write_text(SEPARATOR.join(texts), encoding="utf-8")
+        return {"path": str(path), "separator": SEPARATOR}
+
+    return write
+
+
+@pytest.fixture
+def build(tmp_path, coding):
+    """A function that builds a corpus from a data section's values and evaluation sets'."""
+
+    def build(train, sets=None, seed=0, **data):
+        section = DataSection.model_validate(
+            {"train": train, "block_size": 16, "store_dir": str(tmp_path / "store"), **data}
+        )
+        wanted = {name: EvaluationSet.model_validate(values) for name, values in (sets or {}).items()}
+        return build_corpus(section, wanted, coding, seed)
+
+    return build
+
+
+@pytest.fixture
+def count(tokenizer):
+    """A function that counts tokens one document at a time, EOS included."""
+    return lambda texts: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
+
+
+def trained_texts(corpus, tokenizer):
+    """The documents that an unpacked epoch of whole documents trains on."""
+    labels = [corpus.rows[i]["shift_labels"] for i in range(len(corpus.rows))]
+    return [tokenizer.decode(row[row != IGNORE_INDEX][:-1].tolist()) for row in labels]
+
+
+def measured_texts(documents, tokenizer):
+    every = range(len(documents.lengths))
+    return [tokenizer.decode(documents.tokens(i, 0, int(documents.lengths[i]) - 1).tolist()) for i in every]
+
+
+def whole(build, *args, **data):
+    """Build so that the first block holds everything, and single rows are whole documents."""
+    return build(*args, block_size=10**6, packing=False, **data)
+
+
+def test_each_document_trains_or_is_measured(build, write, tokenizer, count):
+    texts = documents(120, seed=3)
+    corpus = whole(build, [write("a.txt", texts)], validation={"fraction": 0.2})
+    train, held = trained_texts(corpus, tokenizer), measured_texts(corpus.sets["domain"], tokenizer)
+    assert sorted(train + held) == texts
+    assert len(held) > 5
+    (row,) = corpus.ledger
+    assert (row.documents, row.held_out, row.empty) == (len(train), len(held), 0)
+    assert row.read == row.trained == count(train)
+    assert corpus.sets["domain"].lengths.sum() == count(held)
+    assert corpus.sets["domain"].num_bytes == sum(len(text.encode()) for text in held)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_ledger_agrees_with_tokens_counted_alone(build, write, tokenizer, count, packing):
+    shared = documents(10, seed=9)
+    a, b = documents(50, seed=1), documents(40, seed=2)
+    train = [write("a.txt", a + shared[:4] + ["", "  "]), {**write("b.txt", b + shared[4:]), "weight": 0.7}]
+    corpus = build(train, {"general": write("general.txt", shared)}, packing=packing)
+    first, second = corpus.ledger
+    assert first.read == count(a + shared[:4])
+    assert second.read == count(b + shared[4:])
+    assert first.dropped == {"also in evaluation": count(shared[:4])}
+    assert second.dropped["also in evaluation"] == count(shared[4:])
+    assert first.trained == count(a)
+    assert first.empty == 2
+    for row in corpus.ledger:
+        assert row.read + row.repeated == row.trained + row.context + row.total_dropped
+    labels = [row for i in range(len(corpus.rows)) for row in corpus.rows[i]["shift_labels"]]
+    assert sum(label != IGNORE_INDEX for label in labels) == first.trained + second.trained
+    assert abs(second.trained - 0.7 * (first.trained + second.trained)) <= 16
+
+
+def test_a_document_that_is_measured_on_does_not_train(build, write, tokenizer):
+    texts, shared = documents(30, seed=1), documents(3, seed=2)
+    sets = {"general": write("general.txt", documents(5, seed=4) + shared)}
+    corpus = whole(build, [write("a.txt", texts + shared + shared)], sets)
+    assert sorted(trained_texts(corpus, tokenizer)) == sorted(set(texts) - set(shared))
+    assert set(shared) <= set(measured_texts(corpus.sets["general"], tokenizer))
+
+
+def test_a_validation_document_does_not_train_from_another_source(build, write, tokenizer):
+    texts = documents(60, seed=1)
+    corpus = whole(build, [write("a.txt", texts), write("b.txt", texts[::2])], validation={"fraction": 0.3})
+    held = measured_texts(corpus.sets["domain"], tokenizer)
+    assert len(held) > len(set(held)), "no duplicate is held out: nothing is tested"
+    assert not set(trained_texts(corpus, tokenizer)) & set(held)
+
+
+def test_measuring_on_the_training_split_takes_nothing_from_it(build, write, tokenizer):
+    texts = documents(60, seed=1)
+    sets = {"seen": {"split": "train"}, "domain": {"split": "validation"}}
+    corpus = whole(build, [write("a.txt", texts)], sets, validation={"fraction": 0.2})
+    assert sorted(trained_texts(corpus, tokenizer)) == sorted(measured_texts(corpus.sets["seen"], tokenizer))
+    assert sorted(trained_texts(corpus, tokenizer) + measured_texts(corpus.sets["domain"], tokenizer)) == texts
+    assert corpus.ledger[0].dropped == {}
+
+
+def test_held_out_documents_do_not_train_even_where_they_are_not_measured(build, write, tokenizer):
+    texts = documents(60, seed=1)
+    sets = {"general": write("general.txt", documents(5, seed=77))}
+    with_set = whole(build, [write("a.txt", texts)], sets, validation={"fraction": 0.2})
+    without = whole(build, [write("a.txt", texts)], validation={"fraction": 0.2})
+    assert list(with_set.sets) == ["general"]
+    assert trained_texts(with_set, tokenizer) == trained_texts(without, tokenizer)
+
+
+def test_validation_by_sources_of_its_own(build, write, tokenizer):
+    texts, first, second = documents(30, seed=1), documents(8, seed=2), documents(6, seed=3)
+    validation = [write("v.txt", first), write("w.txt", second + texts[:1])]
+    corpus = whole(build, [write("a.txt", texts)], validation=validation)
+    assert measured_texts(corpus.sets["domain"], tokenizer) == first + second + texts[:1]
+    assert trained_texts(corpus, tokenizer) == texts[1:]
+    assert corpus.ledger[0].held_out == 0
+
+
+def test_without_validation_everything_trains(build, write, tokenizer):
+    texts = documents(30, seed=1)
+    corpus = whole(build, [write("a.txt", texts)])
+    assert trained_texts(corpus, tokenizer) == texts
+    assert corpus.sets == {}
+
+
+def test_documents_to_measure_on_are_limited_over_all_sources_and_barely_change(build, write, tokenizer):
+    a, b, added = documents(40, seed=1), documents(40, seed=2), documents(20, seed=3)
+
+    def measured(extra):
+        sets = {"some": {"split": "validation", "max_documents": 9}}
+        corpus = build([write("a.txt", a), write("b.txt", extra + b)], sets, validation={"fraction": 0.5})
+        texts = measured_texts(corpus.sets["some"], tokenizer)
+        assert len(texts) == len(corpus.sets["some"].hashes) == 9
+        return set(texts)
+
+    before, after = measured([]), measured(added)
+    assert before & set(a)
+    assert before & set(b)
+    assert after - before <= set(added)
+    assert before & after
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_fraction_of_a_source_is_what_validation_would_hold_out_of_it(build, write, tokenizer, seed):
+    """So a base model is measured on what its own pretraining left out, whatever the new domain is."""
+    general, split = write("general.txt", documents(60, seed=1)), {"fraction": 0.2, "seed": seed}
+    pretraining = build([general], validation=split)
+    corpus = build([write("a.txt", documents(20, seed=5))], {"general": {**general, **split}})
+    measured = measured_texts(corpus.sets["general"], tokenizer)
+    assert measured == measured_texts(pretraining.sets["domain"], tokenizer)
+    assert 0 < len(measured) < 60
+    assert corpus.sets["general"].key == pretraining.sets["domain"].key
+
+
+def test_a_fraction_that_holds_no_document_is_refused(build, write):
+    sets = {"general": {**write("general.txt", documents(7, seed=1)), "fraction": 1e-9}}
+    with pytest.raises(UserError, match=r"evaluation set `general` is empty: the fraction 1e-09 of 7 documents"):
+        build([write("a.txt", documents(20, seed=5))], sets)
+
+
+def test_tokens_of_measured_documents_are_read_in_part(build, write, tokenizer):
+    texts = documents(12, seed=1)
+    sets = {"all": {**write("v.txt", texts)}, "more": {"split": "validation"}}
+    validation = [write("x.txt", texts[:5]), write("y.txt", texts[5:])]
+    corpus = build([write("a.txt", documents(5, seed=8))], sets, validation=validation)
+    for measured in corpus.sets.values():
+        for i, text in enumerate(texts):
+            expected = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            length = int(measured.lengths[i])
+            assert length == len(expected)
+            assert measured.tokens(i, 0, length).tolist() == expected
+            assert measured.tokens(i, length - 1, length).tolist() == expected[-1:]
+        with pytest.raises(IndexError):
+            measured.tokens(len(texts), 0, 1)
+
+
+def test_an_empty_validation_split_is_refused(build, write):
+    with pytest.raises(UserError, match=r"evaluation set `domain` is empty.*`sample_by`"):
+        build([write("a.txt", documents(20, seed=1))], validation={"fraction": 1e-9})
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_a_single_document_cannot_be_split(build, write, fraction):
+    """Whichever side it falls on, the other is empty."""
+    with pytest.raises(UserError, match=r"is empty|no document of its 1 is left"):
+        build([write("a.txt", ["one document"])], validation={"fraction": fraction})
+
+
+def test_a_source_that_is_measured_on_as_a_whole_is_refused(build, write):
+    source = write("a.txt", documents(20, seed=1))
+    with pytest.raises(UserError, match=r"a\.txt`: no document of its 20 is left for training"):
+        build([source], {"general": source})
+
+
+def test_a_source_without_text_is_refused(build, write):
+    with pytest.raises(UserError, match=r"empty\.txt`: no text in it \(3 empty documents\)"):
+        build([write("a.txt", documents(5, seed=1)), write("empty.txt", ["", " ", "\t"])])
+
+
+def test_building_again_encodes_nothing_and_gives_the_same(build, write, coding, monkeypatch):
+    train = [write("a.txt", documents(40, seed=1))]
+    first = build(train, validation={"fraction": 0.3})
+    monkeypatch.setitem(coding.__dict__, "encode", None)
+    second = build(train, validation={"fraction": 0.3})
+    assert first.key == second.key
+    assert len(first.rows) == len(second.rows)
+    assert first.ledger == second.ledger
+
+
+def test_the_key_follows_all_that_trains_or_is_measured(build, write):
+    train, other = [write("a.txt", documents(40, seed=1))], write("v.txt", documents(5, seed=2))
+    weighted = [train[0], {**other, "weight": 0.05}]
+    corpora = [
+        build(train),
+        build(train, block_size=17),
+        build(train, packing=False),
+        build(train, validation={"fraction": 0.3}),
+        build(train, validation={"fraction": 0.3, "seed": 1}),
+        build(train, {"general": other}),
+        build(train, {"general": write("v2.txt", documents(5, seed=4))}),
+        build([train[0], {**write("c.txt", documents(200, seed=5)), "weight": 0.3}], seed=0),
+        build([train[0], {**write("c.txt", documents(200, seed=5)), "weight": 0.3}], seed=1),
+        build(weighted),
+    ]
+    assert len({corpus.key for corpus in corpora}) == len(corpora)
+    # Two block sizes that give equally many blocks are two corpora all the same.
+    tokens = corpora[0].ledger[0].read
+    assert build(train, block_size=tokens).key != build(train, block_size=tokens + 1).key
+
+
+def test_the_tokenizer_learns_from_the_training_split_alone(build, write, tokenizer, tmp_path):
+    texts = documents(80, seed=1)
+    values = {"train": [write("a.txt", texts)], "validation": {"fraction": 0.3}}
+    learned = list(training_documents(DataSection.model_validate(values)))
+    assert learned == trained_texts(whole(build, values["train"], validation=values["validation"]), tokenizer)
+    assert 0 < len(learned) < len(texts)
+    key = training_documents_key(DataSection.model_validate(values))
+    values["validation"]["seed"] = 1
+    assert training_documents_key(DataSection.model_validate(values)) != key
+    values["validation"] = [write("v.txt", texts[:3])]
+    assert list(training_documents(DataSection.model_validate(values))) == texts
+
+
+def test_formats_mix(build, write, tmp_path, tokenizer):
+    texts = documents(9, seed=1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"body": text}) for text in texts[:4]))
+    lines = tmp_path / "lines.txt"
+    lines.write_bytes("\r\n".join(texts[4:]).encode())
+    train = [{"path": str(rows), "text_column": "body"}, {"path": str(lines), "sample_by": "line"}]
+    assert Counter(trained_texts(whole(build, train), tokenizer)) == Counter(texts)

@@ -1,0 +1,105 @@
+"""Runs of `kit train` in processes of their own, one or several, with a fault wherever a test wants one.
+
+The processes are forked from a server that has imported the kit, which saves the seconds that an import takes, and get
+the environment that torchrun would give them. Tests of the real launcher are in `test_launcher.py`.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["kit.run", "wandb"])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Send `signal` to the process that makes the `call`-th call of `target` ("module:Class.function")."""
+
+    target: str
+    call: int = 1
+    signal: int = signal.SIGKILL
+    rank: int = 0
+
+
+def run_kit(arguments, processes=1, fault=None, change=None, timeout=240):
+    """Run `kit` with `arguments` in one or several processes; return the exit code of each, -9 for SIGKILL.
+
+    As under a launcher, the other processes are killed once one has failed. `change` is called in each process before
+    the command; it must be a function of a module, and is how a test breaks the kit on purpose.
+    """
+    port = _free_port()
+    children = [
+        _context.Process(target=_main, args=([str(a) for a in arguments], rank, processes, port, fault, change))
+        for rank in range(processes)
+    ]
+    for child in children:
+        child.start()
+    deadline = time.monotonic() + timeout
+    grace = None
+    while any(child.is_alive() for child in children):
+        if grace is None and any(child.exitcode for child in children):
+            grace = time.monotonic() + 10
+        if time.monotonic() > deadline or (grace and time.monotonic() > grace):
+            for child in children:
+                child.kill()
+        if grace and any(child.exitcode == -signal.SIGKILL for child in children):
+            for child in children:
+                child.kill()
+        time.sleep(0.02)
+    return [child.exitcode for child in children]
+
+
+def _main(arguments, rank, processes, port, fault, change):
+    if processes > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    if fault and fault.rank == rank:
+        install_fault(fault)
+    if change:
+        change()
+    from kit import cli
+
+    sys.argv = ["kit", *arguments]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        # `_exit`, as the command itself does in a group: what a test inherits from its parent is not to be torn down.
+        sys.stdout.flush()
+        os._exit(stop.code or 0)
+
+
+def install_fault(fault):
+    """Wrap the fault's target so that it sends the signal."""
+    module, _, path = fault.target.partition(":")
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+    calls = 0
+
+    def wrapper(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == fault.call:
+            os.kill(os.getpid(), fault.signal)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

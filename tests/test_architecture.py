@@ -1,0 +1,105 @@
+"""The rules of the house: imports run downward only, files and functions stay small, the public surface is deliberate."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from kit.cli import app
+from kit.recipe import models
+
+KIT = Path(__file__).parents[1] / "kit"
+FILES = sorted(KIT.rglob("*.py"))
+
+# From the bottom up; a module may import from its own room and from lower layers. Rooms of one layer stay apart.
+LAYERS = [
+    ["errors"],
+    ["console", "files"],
+    ["recipe"],
+    ["data", "model", "evaluation", "tracking"],
+    ["tasks"],
+    ["training"],
+    ["run", "generate", "environment"],
+    ["cli"],
+    ["__main__"],
+]
+# Longer than the house would like, each for a reason.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+
+def room(path):
+    return path.relative_to(KIT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "kit":
+            parts = node.module.split(".")
+            yield from (parts[1:2] or [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("kit."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(KIT).as_posix())
+def test_imports_run_downward(path):
+    layer_of = {name: level for level, names in enumerate(LAYERS) for name in names}
+    own = room(path)
+    if path == KIT / "__init__.py":
+        assert not list(imported_rooms(path))
+        return
+    for other in imported_rooms(path):
+        assert other == own or layer_of[other] < layer_of[own], f"{own} imports {other}"
+
+
+def test_every_module_has_a_layer():
+    assert {room(path) for path in FILES} - {"__init__"} == {name for names in LAYERS for name in names}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: p.parent.name)
+def test_init_files_hold_a_docstring_only(path):
+    [statement] = ast.parse(path.read_text()).body
+    assert isinstance(statement, ast.Expr)
+
+
+def test_files_and_functions_are_short():
+    long_files, long_functions = set(), set()
+    for path in FILES:
+        text = path.read_text()
+        name = path.relative_to(KIT).as_posix()
+        if len(text.splitlines()) > 400:
+            long_files.add(name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60:
+                long_functions.add(f"{name}:{node.name}")
+    assert long_files == set(LONG_FILES)
+    assert long_functions == set(LONG_FUNCTIONS)
+
+
+def test_commands_change_deliberately():
+    assert {command.callback.__name__ for command in app.registered_commands} == {
+        "train", "prepare", "evaluate", "generate", "schema", "env", "status",
+    }  # fmt: skip
+
+
+def test_recipe_keys_change_deliberately():
+    sections = {
+        "Recipe": "task model data training evaluation run tracking",
+        "ModelSection": "name_or_path revision from_config tokenizer config dtype attn_implementation trust_remote_code",
+        "DataSection": "train validation block_size packing max_dropped store_dir",
+        "Source": "path builtin packages format sample_by separator text_column",
+        "EvaluationSection": "sets prompts generation",
+        "RunSection": "output_dir resume early_stopping",
+        "WandbSection": "project entity group tags mode",
+    }
+    for name, keys in sections.items():
+        assert list(getattr(models, name).model_fields) == keys.split()
+
+
+def test_what_the_help_shows_imports_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.argv = ['kit', '--help']\nimport kit.cli as c\nc._run()\nprint(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "datasets", "numpy", "pydantic", "yaml"} & set(modules)

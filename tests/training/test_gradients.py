@@ -1,0 +1,160 @@
+"""The gradient of an optimizer step is that of one big batch on one process, to 1e-9 in float64.
+
+Each run makes one step of plain SGD with learning rate 1, so the change of the weights is the gradient. It is compared
+with one that the test works out itself, a document at a time. The mutations at the end break the kit in the ways that
+other tools are broken in, and assert that the comparison notices.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.harness import run_kit
+from tests.material import documents
+
+DOCUMENTS = documents(13, seed=5, longest=30)
+BLOCK_SIZE = 40
+TOLERANCE = 1e-9
+
+# Processes, rows per process, accumulation: 32 rows at a time, of which the corpus has fewer, ragged at the end.
+SETTINGS = {"32x1": (1, 32, 1), "8x4": (1, 8, 4), "1x32": (1, 1, 32), "2p 8x2": (2, 8, 2), "2p 4x4": (2, 4, 4)}
+
+
+@pytest.fixture(scope="module")
+def gradient(tmp_path_factory, tiny_models):
+    """A function that gives the gradient of a step of `kit train`: name → tensor."""
+
+    def run(architecture, packing, setting, change=None):
+        import yaml
+
+        folder = tmp_path_factory.mktemp("gradient")
+        (folder / "corpus.txt").write_text("\n\n\n".join(DOCUMENTS))
+        processes, batch, accumulation = SETTINGS[setting]
+        recipe = {
+            "task": "causal-lm",
+            "model": {"name_or_path": str(tiny_models(architecture)), "dtype": "float64"},
+            "data": {
+                "train": [{"path": str(folder / "corpus.txt"), "separator": "\n\n\n"}],
+                "block_size": BLOCK_SIZE,
+                "packing": packing,
+                "store_dir": str(folder / "store"),
+            },
+            "training": {
+                "num_train_epochs": 1, "per_device_train_batch_size": batch, "bf16": False,
+                "gradient_accumulation_steps": accumulation, "optim": "sgd", "learning_rate": 1.0,
+                "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+            },
+            "run": {"output_dir": str(folder / "run")},
+        }  # fmt: skip
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert run_kit(["train", folder / "recipe.yaml"], processes, change=change) == [0] * processes
+        before = AutoModelForCausalLM.from_pretrained(tiny_models(architecture), dtype=torch.float64)
+        after = load_file(folder / "run/model/model.safetensors")
+        return {name: tensor.data - after[name] for name, tensor in before.named_parameters() if name in after}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_models):
+    """A function that gives the gradient of the mean loss over all targets, worked out a document at a time."""
+    known = {}
+
+    def work_out(architecture):
+        if architecture not in known:
+            model = AutoModelForCausalLM.from_pretrained(tiny_models(architecture), dtype=torch.float64)
+            tokenizer = AutoTokenizer.from_pretrained(tiny_models(architecture))
+            eos = tokenizer.eos_token_id
+            chains = [torch.tensor([eos, *tokenizer(text)["input_ids"], eos]) for text in DOCUMENTS]
+            total, position = sum(len(chain) - 1 for chain in chains), 0
+            for chain in chains:
+                # Blocks cut the corpus every BLOCK_SIZE targets; what follows a cut sees the last token before it.
+                inside = [p - position for p in range(0, total, BLOCK_SIZE) if 0 < p - position < len(chain) - 1]
+                for first, end in zip([0, *inside], [*inside, len(chain) - 1], strict=True):
+                    logits = model(chain[None, first:end], use_cache=False).logits[0]
+                    (F.cross_entropy(logits, chain[first + 1 : end + 1], reduction="sum") / total).backward()
+                position += len(chain) - 1
+            known[architecture] = {name: tensor.grad for name, tensor in model.named_parameters()}
+        return known[architecture]
+
+    return work_out
+
+
+def largest_error(found, wanted):
+    """Return the largest relative error over all tensors, and require that all are there."""
+    assert found.keys() == wanted.keys()
+    scale = max(tensor.abs().max() for tensor in wanted.values())
+    return max(((found[name] - wanted[name]).abs().max() / scale).item() for name in wanted)
+
+
+CASES = [("gpt2", True), ("gpt2", False), ("llama", True)]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("architecture", "packing"), CASES)
+def test_gradient_is_that_of_one_big_batch(gradient, expected, architecture, packing, setting):
+    error = largest_error(gradient(architecture, packing, setting), expected(architecture))
+    assert error < TOLERANCE
+
+
+# ---- mutations: each breaks the kit in a well-known way; the tests above must turn red
+
+
+def _divide_by_the_micro_batch():
+    from kit.tasks import causal_lm
+    from kit.training.trainer import KitTrainer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = causal_lm.loss_sum(model, inputs, self.args) / causal_lm.loss_weight(inputs)
+        return loss / self.current_gradient_accumulation_steps
+
+    KitTrainer.compute_loss = compute_loss
+
+
+def _divide_by_padded_tokens():
+    from kit.tasks import causal_lm
+
+    causal_lm.loss_weight = lambda batch: torch.tensor(batch["shift_labels"].numel())
+
+
+def _pass_a_mask_of_ones():
+    from kit.data.blocks import CollateRows
+
+    original = CollateRows.__call__
+
+    def collate(self, rows):
+        batch = original(self, rows)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    CollateRows.__call__ = collate
+
+
+def _repeat_a_row():
+    from kit.data.sampling import EpochBatches
+
+    original = EpochBatches.__iter__
+
+    def repeat(self):
+        for batch in original(self):
+            full = [0 if index == -1 else index for index in batch]
+            yield (full * self.batch_size)[: self.batch_size]
+
+    EpochBatches.__iter__ = repeat
+
+
+MUTATIONS = [
+    (_divide_by_the_micro_batch, False, "8x4"),
+    (_divide_by_the_micro_batch, False, "2p 8x2"),
+    (_divide_by_padded_tokens, False, "8x4"),
+    (_pass_a_mask_of_ones, True, "32x1"),
+    (_repeat_a_row, False, "2p 8x2"),
+    (_repeat_a_row, False, "8x4"),
+]
+
+
+@pytest.mark.parametrize(("mutation", "packing", "setting"), MUTATIONS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_mutations_turn_the_comparison_red(gradient, expected, mutation, packing, setting):
+    error = largest_error(gradient("gpt2", packing, setting, mutation), expected("gpt2"))
+    assert error > 1e3 * TOLERANCE
