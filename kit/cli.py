@@ -110,13 +110,11 @@ def env() -> None:
 @app.command()
 def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print how a recipe's run stands, and exit with the run's own code; for scripts behind a launcher."""
-    from kit.recipe.loading import load_recipe
-    from kit.run import run_directory
-    from kit.training.run_directory import exit_code, read_status
+    from kit import run
+    from kit.training.run_directory import exit_code
 
-    directory = run_directory(load_recipe(recipe, overrides or []), recipe)
-    found = read_status(directory.path)
-    typer.echo(f"{directory.path}: {found}")
+    folder, found = run.status(recipe, overrides or [])
+    typer.echo(f"{folder}: {found}")
     raise typer.Exit(exit_code(found))
 
 

@@ -99,10 +99,8 @@ def progress(items: Iterable[T], description: str, total: int | None = None, siz
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notices out of the run's output; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import datasets
-    import transformers
+    from transformers.utils import logging as transformers_logging
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

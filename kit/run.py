@@ -28,7 +28,7 @@ from kit.training.callbacks.display import Display
 from kit.training.callbacks.metrics_log import MetricsLog
 from kit.training.checkpoints import checkpoints_newest_first, choose_checkpoint, discard_after
 from kit.training.preemption import Preempted, Preemption
-from kit.training.run_directory import RunDirectory, RunDirectoryInUse
+from kit.training.run_directory import RunDirectory, RunDirectoryInUse, read_status
 from kit.training.topology import barrier, check_topology, describe, from_main_process, local_main_process_first
 from kit.training.trainer import KitTrainer
 
@@ -43,8 +43,8 @@ def train(recipe_path: str, overrides: list[str]) -> None:
         Preempted: SIGTERM; the same command goes on from what was saved.
     """
     quiet_libraries()
-    recipe = load_recipe(recipe_path, overrides)
-    directory = run_directory(recipe, recipe_path)
+    recipe = _resolve(recipe_path, overrides)
+    directory = RunDirectory(recipe.run.output_dir)
     with _attempt(directory) as preemption:
         args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
         check_topology(args)
@@ -69,8 +69,8 @@ def train(recipe_path: str, overrides: list[str]) -> None:
 def prepare(recipe_path: str, overrides: list[str]) -> None:
     """Do all of a run that needs no training: tokenizer, token stores, ledger, the scorecard's "before"."""
     quiet_libraries()
-    recipe = load_recipe(recipe_path, overrides)
-    directory = run_directory(recipe, recipe_path)
+    recipe = _resolve(recipe_path, overrides)
+    directory = RunDirectory(recipe.run.output_dir)
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
     directory.lock()
@@ -229,9 +229,17 @@ def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: Wan
 # ---- around a run
 
 
-def run_directory(recipe: Recipe, recipe_path: str | Path) -> RunDirectory:
-    """Return the folder of a recipe's run."""
-    return RunDirectory(recipe.run.output_dir or Path("runs") / Path(recipe_path).stem)
+def status(recipe_path: str, overrides: list[str]) -> tuple[str, str]:
+    """Return the run directory of a recipe and how its run stands."""
+    folder = _resolve(recipe_path, overrides).run.output_dir
+    return folder, read_status(folder)
+
+
+def _resolve(recipe_path: str, overrides: list[str]) -> Recipe:
+    """Load a recipe and settle the folder of its run, which by default is named after the file."""
+    recipe = load_recipe(recipe_path, overrides)
+    folder = recipe.run.output_dir or f"runs/{Path(recipe_path).stem}"
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"output_dir": folder})})
 
 
 @contextmanager
@@ -298,8 +306,8 @@ def _is_finished(recipe: Recipe, directory: RunDirectory) -> bool:
         listed = "\n".join(f"  {difference}" for difference in differences)
         raise UserError(
             f"{directory.path}: holds a run of another recipe, which this one cannot go on with:\n{listed}\n"
-            f"choose another folder with `run.output_dir=…`, or run afresh with `run.resume=never`, which keeps the old "
-            f"one aside"
+            f"choose another folder with `run.output_dir=…`, or run afresh with `run.resume=never`, which keeps the "
+            f"old one aside"
         )
     return directory.is_finished()
 

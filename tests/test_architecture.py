@@ -1,4 +1,4 @@
-"""The rules of the house: imports run downward only, files and functions stay small, the public surface is deliberate."""
+"""The rules of the house: imports run downward only, files and functions stay small, the surface is deliberate."""
 
 import ast
 from pathlib import Path
@@ -85,7 +85,8 @@ def test_commands_change_deliberately():
 def test_recipe_keys_change_deliberately():
     sections = {
         "Recipe": "task model data training evaluation run tracking",
-        "ModelSection": "name_or_path revision from_config tokenizer config dtype attn_implementation trust_remote_code",
+        "ModelSection": "name_or_path revision from_config tokenizer config dtype attn_implementation "
+        "trust_remote_code",
         "DataSection": "train validation block_size packing max_dropped store_dir",
         "Source": "path builtin packages format sample_by separator text_column",
         "EvaluationSection": "sets prompts generation",

@@ -193,8 +193,8 @@ class EvaluationSet(Source):
     split: Literal["train", "validation"] | None = None
     """A split of `data`, instead of a source."""
     fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Of a source: only the documents that `data.validation` with this fraction and `seed` holds out, such as those that
-    the base model was not trained on."""
+    """Of a source: only the documents that `data.validation` with this fraction and `seed` holds out, such as those
+    that the base model was not trained on."""
     seed: int = 0
     """Seed that goes with `fraction`."""
     max_documents: int | None = Field(default=None, ge=1)

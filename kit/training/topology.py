@@ -1,6 +1,7 @@
 """How many processes a run has, and whether everybody agrees on it."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,8 @@ from transformers import TrainingArguments
 
 from kit.console import is_local_main_process
 from kit.errors import UserError
+
+_LAUNCHER = re.compile(r"accelerate(\S*\s+|-|\.commands\.|/commands/)launch")
 
 
 def announced_processes() -> tuple[int, str]:
@@ -29,7 +32,7 @@ def announced_processes() -> tuple[int, str]:
         command = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):
         return 1, "a plain start"
-    if not any("accelerate" in word for word in command[:3]) or "launch" not in command[:5]:
+    if not _LAUNCHER.search(" ".join(command[:6])):
         return 1, "a plain start"
     if (number := _option(command, "--num_processes")) is not None:
         return int(number), "--num_processes of accelerate launch"
@@ -57,13 +60,13 @@ def check_topology(args: TrainingArguments) -> None:
     announced, where = announced_processes()
     if announced != args.world_size:
         raise UserError(
-            f"{where} announces {announced} processes, accelerate has {args.world_size}: each would train alone. On "
-            f"CPUs launch with `make train LAUNCH=cpu_2proc`, or with a launch file of `distributed_type: MULTI_GPU`"
+            f"{where} announces {announced} processes, accelerate has {args.world_size}: each would train alone. "
+            f"On CPUs launch with `make train LAUNCH=cpu_2proc`, or a file of `distributed_type: MULTI_GPU`"
         )
     if args.n_gpu > 1:
         raise UserError(
-            f"one process sees {args.n_gpu} GPUs, which Trainer would drive with torch.nn.DataParallel; launch one process "
-            f"per GPU (`accelerate launch`), or choose one with CUDA_VISIBLE_DEVICES"
+            f"one process sees {args.n_gpu} GPUs, which Trainer would drive with torch.nn.DataParallel; launch one "
+            f"process per GPU (`accelerate launch`), or choose one with CUDA_VISIBLE_DEVICES"
         )
 
 

@@ -123,7 +123,7 @@ class KitTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the recipe's sets; Trainer's own loop averages batch means, which depends on batches and processes."""
+        """Measure the recipe's sets; Trainer's own loop averages means of batches, and so depends on their size."""
         sets = self.measure(self._poll)
         metrics = {f"{metric_key_prefix}_{s}_{name}": sets[s][name] for s in sets for name in self.task.LOGGED_FIGURES}
         self.last_evaluation = (self.state.global_step, sets)
