@@ -145,7 +145,7 @@ def _run() -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    except Exception as error:
+    except BaseException as error:
         # Preempted and click's errors are recognised by name: importing their modules here would slow `--help` down.
         if type(error).__name__ == "Preempted":
             _complain("preempted: the same command goes on from here")

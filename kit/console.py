@@ -14,8 +14,12 @@ from rich.table import Table
 T = TypeVar("T")
 _PLAIN_LINE_EVERY_S = 10.0
 
-# A log file has no width of its own; tables in it should not be squeezed into 80 columns.
-_console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+# A terminal or log that is not UTF-8 shows what it can; a sample of text that it cannot must not end a run.
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="backslashreplace")
+# A log file has no width of its own; tables in it should not be squeezed into 80 columns. What is printed is data:
+# the brackets of a glob are no markup, and a text between colons is no emoji.
+_console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
 def is_main_process() -> bool:
@@ -31,7 +35,7 @@ def is_local_main_process() -> bool:
 def say(message: object = "", style: str | None = None) -> None:
     """Print a line or a rich renderable on rank 0."""
     if is_main_process():
-        _console.print(message, style=style, markup=False, soft_wrap=isinstance(message, str))
+        _console.print(message, style=style, soft_wrap=isinstance(message, str))
         sys.stdout.flush()
 
 

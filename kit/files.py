@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from filelock import FileLock
 
@@ -48,6 +49,11 @@ def hash_file(path: str | Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def hash_array(array: np.ndarray) -> str:
+    """Return the 128-bit xxHash of an array's values, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array))
 
 
 def hash_values(*values: Any) -> str:

@@ -18,7 +18,7 @@ from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, pri
 from kit.files import build_once, hash_values, is_sealed, read_json, write_json
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
-from kit.model.tokenizer import describe_special_tokens
+from kit.model.tokenizer import describe_special_tokens, tokenizer_key
 from kit.recipe.loading import differing_keys, dump_recipe, load_recipe, recipe_fingerprint
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
@@ -28,7 +28,7 @@ from kit.training.callbacks.display import Display
 from kit.training.callbacks.metrics_log import MetricsLog
 from kit.training.checkpoints import checkpoints_newest_first, choose_checkpoint, discard_after
 from kit.training.preemption import Preempted, Preemption
-from kit.training.run_directory import RunDirectory, RunDirectoryInUse, read_status
+from kit.training.run_directory import RunDirectory, read_status
 from kit.training.topology import barrier, check_topology, describe, from_main_process, local_main_process_first
 from kit.training.trainer import KitTrainer
 
@@ -73,11 +73,8 @@ def prepare(recipe_path: str, overrides: list[str]) -> None:
     directory = RunDirectory(recipe.run.output_dir)
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
-    directory.lock()
-    try:
+    with _holding(directory):
         before = measure_before(prepare_run(recipe, args, directory))
-    finally:
-        directory.unlock()
     print_figures("Before training", before["figures"])
 
 
@@ -156,7 +153,7 @@ def measure_before(run: Run) -> dict[str, Any]:
     """Return figures and samples of the base model, from the store if they were taken before."""
     sets = {name: documents.key for name, documents in run.corpus.sets.items()}
     asked = run.recipe.evaluation.model_dump(mode="json")
-    key = hash_values("before", run.model_key, sets, run.recipe.data.block_size, asked)
+    key = hash_values("before", run.model_key, tokenizer_key(run.tokenizer), sets, run.recipe.data.block_size, asked)
     folder = Path(run.recipe.data.store_dir) / "before" / key
     if not from_main_process(is_sealed(folder)):
         measured = {"figures": run.measure(), "samples": run.sample()}
@@ -243,32 +240,37 @@ def _resolve(recipe_path: str, overrides: list[str]) -> Recipe:
 
 
 @contextmanager
-def _attempt(directory: RunDirectory) -> Iterator[Preemption]:
-    """Hold the run directory, listen for SIGTERM, and record in the manifest how it ended."""
+def _holding(directory: RunDirectory) -> Iterator[Preemption]:
+    """Hold the run directory and listen for SIGTERM."""
     preemption = Preemption()
     stop_listening = preemption.install()
-    outcome: dict[str, Any] | None = {"status": "failed"}
+    directory.lock()
     try:
-        directory.lock()
         yield preemption
-        outcome = {"status": "done"}
-    except RunDirectoryInUse:
-        outcome = None  # the manifest there is another run's
-        raise
-    except UserError as error:
-        outcome = {"status": "user-error", "message": str(error)}
-        raise
-    except Preempted:
-        outcome = {"status": "preempted"}
-        raise
-    except Exception as error:
-        outcome["message"] = f"{type(error).__name__}: {error}"
-        raise
     finally:
         stop_listening()
-        if outcome:
-            directory.end(**outcome)
         directory.unlock()
+
+
+@contextmanager
+def _attempt(directory: RunDirectory) -> Iterator[Preemption]:
+    """Hold the run directory, and record in its manifest how the attempt ended."""
+    with _holding(directory) as preemption:
+        outcome = {"status": "failed"}
+        try:
+            yield preemption
+            outcome = {"status": "done"}
+        except UserError as error:
+            outcome = {"status": "user-error", "message": str(error)}
+            raise
+        except Preempted:
+            outcome = {"status": "preempted"}
+            raise
+        except Exception as error:
+            outcome["message"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            directory.end(**outcome)
 
 
 @contextmanager
@@ -309,7 +311,7 @@ def _is_finished(recipe: Recipe, directory: RunDirectory) -> bool:
             f"choose another folder with `run.output_dir=…`, or run afresh with `run.resume=never`, which keeps the "
             f"old one aside"
         )
-    return directory.is_finished()
+    return directory.is_finished() and recipe.run.resume in ("auto", "must")
 
 
 def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
@@ -322,4 +324,5 @@ def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
 def _instead_of_its_model(path: str) -> list[str]:
     """Return the overrides that put another model, with its own tokenizer, in the place of a recipe's."""
     quoted = "'" + path.replace("'", "''") + "'"
-    return [f"model={{name_or_path: {quoted}}}"]
+    others = ("from_config=null", "tokenizer=null", "config={}", "revision=null", "trust_remote_code=false")
+    return [f"model.name_or_path={quoted}", *(f"model.{other}" for other in others)]

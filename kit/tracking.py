@@ -40,6 +40,9 @@ class WandbTracker:
         try:
             import wandb
 
+            if self._mode() == "disabled":
+                return
+
             identity = read_json(self.identity_file) if self.identity_file.is_file() else {}
             run_id = identity.get("id") or uuid.uuid4().hex[:8]
             offline = self._mode() != "online"

@@ -12,7 +12,7 @@ from kit.data.sources import read_documents, source_fingerprint
 from kit.data.splits import also_in, choose_documents, held_out
 from kit.data.store import Encode, TokenStore, open_store
 from kit.errors import UserError
-from kit.files import hash_values
+from kit.files import hash_array, hash_values
 from kit.recipe.models import DataSection, EvaluationSet, Source, ValidationFraction
 
 DEFAULT_SET = "domain"
@@ -49,7 +49,7 @@ class EvaluationDocuments:
     @property
     def key(self) -> str:
         """Hash of the documents and of the tokenizer that encoded them."""
-        return hash_values([(store.key, documents.tolist()) for store, documents in self.stores])
+        return hash_values([(store.key, hash_array(documents)) for store, documents in self.stores])
 
     @property
     def hashes(self) -> np.ndarray:
@@ -131,7 +131,7 @@ def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: T
         sets=evaluation,
         ledger=ledger,
         key=hash_values(
-            [(p.store.key, p.documents.tolist(), p.blocks.tolist()) for p in parts],
+            [(p.store.key, hash_array(p.documents), hash_array(p.blocks)) for p in parts],
             data.block_size,
             data.packing,
             {name: documents.key for name, documents in evaluation.items()},

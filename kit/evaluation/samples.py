@@ -39,17 +39,21 @@ def continue_prompts(
         temperature: divisor of the logits.
 
     Raises:
-        UserError: a prompt is as long as `max_length` or longer, or its continuation exceeds the model's positions.
+        UserError: several greedy continuations are asked for, a prompt is as long as `max_length` or longer, or its
+            continuation exceeds the model's positions.
     """
+    if num_return_sequences > 1 and not do_sample:
+        raise UserError(
+            f"num_return_sequences: found {num_return_sequences}, but without sampling there is only one continuation"
+        )
     was_training = model.training
     model.eval()
-    length = {"max_length": max_length} if max_length is not None else {"max_new_tokens": max_new_tokens}
     sampling = {"do_sample": True, "top_k": top_k, "temperature": temperature} if do_sample else {"do_sample": False}
     results = []
     try:
         for prompt in prompts:
             inputs = _encode(tokenizer, prompt).to(model.device)
-            _check_length(model, inputs.shape[1], max_new_tokens, max_length)
+            new_tokens = _count_new_tokens(model, inputs.shape[1], max_new_tokens, max_length)
             devices = [model.device] if model.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed)
@@ -59,7 +63,8 @@ def continue_prompts(
                     num_return_sequences=num_return_sequences,
                     pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                     use_cache=True,
-                    **length,
+                    # Not `max_length`: a `max_new_tokens` in the model's own generation settings would win over it.
+                    max_new_tokens=new_tokens,
                     **sampling,
                 )
             results.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in output])
@@ -68,7 +73,7 @@ def continue_prompts(
     return results
 
 
-def _check_length(model: PreTrainedModel, prompt: int, max_new_tokens: int | None, max_length: int | None) -> None:
+def _count_new_tokens(model: PreTrainedModel, prompt: int, max_new_tokens: int | None, max_length: int | None) -> int:
     total = max_length if max_length is not None else prompt + max_new_tokens
     if total <= prompt:
         raise UserError(
@@ -81,6 +86,7 @@ def _check_length(model: PreTrainedModel, prompt: int, max_new_tokens: int | Non
             f"a prompt of {prompt} tokens and its continuation would take {total} positions; the model has "
             f"{positions}: ask for at most {positions - prompt} new tokens (`max_new_tokens`)"
         )
+    return total - prompt
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
@@ -88,7 +94,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # GPT-2 users' prompts never begin with its end-of-text token, which doubles as BOS; Llama's begin with BOS.
     has_own_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id
-    return torch.tensor([[tokenizer.bos_token_id, *ids] if has_own_bos or not ids else ids])
+    context = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return torch.tensor([[context, *ids] if has_own_bos or not ids else ids])
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]]) -> None:

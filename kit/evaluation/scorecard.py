@@ -30,7 +30,7 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
         bits = new["bits_per_byte"] - old["bits_per_byte"]
         rows.append(
             [name, f"{old['bits_per_byte']:.4f}", f"{new['bits_per_byte']:.4f}", f"{bits:+.4f}"]
-            + [f"{bits / old['bits_per_byte']:+.1%}"]
+            + [f"{bits / old['bits_per_byte']:+.1%}" if old["bits_per_byte"] else "–"]
             + [f"{old['perplexity']:,.2f}", f"{new['perplexity']:,.2f}"]
             + [f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}"]
         )

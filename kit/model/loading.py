@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -21,6 +22,7 @@ from kit.files import hash_file, hash_values
 from kit.model.hub import from_hub
 from kit.recipe.models import ModelSection
 
+_CONFIGURATIONS = {"config.json", "generation_config.json"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 
 
@@ -35,7 +37,11 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
     if section.from_config is not None:
         # The seed alone decides a fresh model's weights, whatever drew random numbers before.
         set_seed(seed)
-        return AutoModelForCausalLM.from_config(_fresh_config(section.from_config, tokenizer), **options)
+        config = _fresh_config(section.from_config, tokenizer)
+        try:
+            return AutoModelForCausalLM.from_config(config, **options)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.from_config: {' '.join(str(error).split())}") from error
     name = section.name_or_path
     config = _override(load_config(section), section.config, "model.config")
     if not _is_causal_lm(config):
@@ -50,6 +56,7 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
             trust_remote_code=section.trust_remote_code,
             config=config,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     _check_complete(name, info)
@@ -68,10 +75,11 @@ def model_key(section: ModelSection, seed: int) -> str:
     """Return a hash of the weights that a recipe starts from: the files, the Hub commit, or configuration and seed."""
     settings = [section.config, section.dtype, section.attn_implementation]
     if section.from_config is not None:
-        return hash_values("fresh", section.from_config, seed, torch.__version__, settings)
+        # The tokenizer gives the size of the vocabulary and the special ids where the configuration does not.
+        return hash_values("fresh", section.from_config, str(section.tokenizer), seed, torch.__version__, settings)
     folder = Path(section.name_or_path)
     if folder.is_dir():
-        files = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES or p.name == "config.json")
+        files = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES or p.name in _CONFIGURATIONS)
         return hash_values([(p.name, hash_file(p)) for p in files], settings)
     commit = getattr(load_config(section), "_commit_hash", None)
     return hash_values(section.name_or_path, commit or section.revision, settings)
@@ -100,21 +108,25 @@ def check_alignment(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 def _fresh_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     values = dict(values)
-    model_type = values.pop("model_type")
+    model_type = str(values.pop("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"model.from_config.model_type: unknown `{model_type}`{did_you_mean(model_type, list(CONFIG_MAPPING))}"
         )
+    not_causal = UserError(f"model.from_config.model_type: `{model_type}` has no causal language model")
     if type(CONFIG_MAPPING[model_type]()) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"model.from_config.model_type: `{model_type}` has no causal language model")
+        raise not_causal
     values.setdefault("vocab_size", len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values.setdefault(name, getattr(tokenizer, name))
     _override(CONFIG_MAPPING[model_type](), values, "model.from_config")
     try:
-        return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError) as error:
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.from_config: {' '.join(str(error).split())}") from error
+    if not _is_causal_lm(config):
+        raise not_causal
+    return config
 
 
 def _override(config: PreTrainedConfig, values: dict[str, Any], key: str) -> PreTrainedConfig:
@@ -125,7 +137,7 @@ def _override(config: PreTrainedConfig, values: dict[str, Any], key: str) -> Pre
             raise UserError(f"{key}.{name}: `{config.model_type}` has no such attribute{did_you_mean(name, known)}")
         try:
             setattr(config, name, value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise UserError(f"{key}.{name}: {' '.join(str(error).split())}") from error
     return config
 

@@ -8,15 +8,15 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def supports_bf16() -> tuple[bool, str]:
-    """Tell whether the hardware multiplies bfloat16 matrices well, and by what that was recognised.
+def supports_bf16(use_cpu: bool = False) -> tuple[bool, str]:
+    """Tell whether the hardware (or its CPU alone) multiplies bfloat16 matrices well, and by what that was recognised.
 
     fp16 is never chosen: CPUs multiply it a hundred times slower than fp32, and GPUs that have it well have bf16 too.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         good = torch.cuda.is_bf16_supported(including_emulation=False)
         return good, f"{torch.cuda.get_device_name()} {'has' if good else 'lacks'} bf16 matrix units"
-    if has_accelerator():
+    if has_accelerator() and not use_cpu:
         return False, f"bf16 is not known to be fast on {torch.accelerator.current_accelerator()}"
     capabilities = torch.backends.cpu.get_cpu_capability()
     for check, unit in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512_BF16")):

@@ -42,6 +42,9 @@ def load_tokenizer(
     revision = section.revision if name == section.name_or_path else None
     with from_hub("model.tokenizer" if section.tokenizer else "model.name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    # For a folder without tokenizer files transformers makes up a tokenizer that knows special tokens alone.
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+        raise UserError(f"`{name}` holds no tokenizer; name one with `model.tokenizer`")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of `{name}` has no EOS token, so that no end of a document could be learned; "
@@ -66,7 +69,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything that decides how text becomes token ids."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     if tokenizer.is_fast:
-        return hash_values(tokenizer.backend_tokenizer.to_str(), special)
+        return hash_values(_backend(tokenizer).to_str(), tokenizer.split_special_tokens, special)
     return hash_values(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), special)
 
 
@@ -74,12 +77,19 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[li
     """Return a function from texts to token ids, without special tokens of its own accord."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = _backend(tokenizer)
+    # Character offsets are the costlier half of encoding, and nothing here needs them.
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of a fast tokenizer's inside that takes every text as it is."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     # Limits that a tokenizer file may carry would cut or fill up documents unseen.
     backend.no_truncation()
     backend.no_padding()
-    # Character offsets are the costlier half of encoding, and nothing here needs them.
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def _train(folder: Path, vocab_size: int, documents: Iterable[str]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _choose_precision(values: dict[str, Any], on_cpu: bool) -> str:
             return f"{name} (recipe)"
     if "bf16" in values or "fp16" in values:
         return "fp32 (recipe)"
-    good, reason = supports_bf16()
+    good, reason = supports_bf16(bool(on_cpu))
     values["bf16"] = good
     return f"{'bf16' if good else 'fp32'} ({reason})"
 

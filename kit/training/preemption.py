@@ -5,8 +5,12 @@ from collections.abc import Callable
 from types import FrameType
 
 
-class Preempted(Exception):
-    """The run was asked to end; what is on disk is safe to start again from."""
+class Preempted(BaseException):
+    """The run was asked to end; what is on disk is safe to start again from.
+
+    Like KeyboardInterrupt no Exception: it is raised wherever the program stands, and `except Exception` in whatever
+    library that is must not swallow it.
+    """
 
 
 class Preemption:

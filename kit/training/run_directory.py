@@ -43,7 +43,8 @@ class RunDirectory:
         self.samples = self.path / "samples.json"
         self.scorecard = self.path / "scorecard.json"
         self.manifest = self.path / "manifest.json"
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        real = self.path.resolve()  # `.` has no name of its own
+        self._lock = FileLock(real.with_name(f".{real.name}.lock"))
         self._facts: dict[str, Any] = {}
 
     def lock(self) -> None:
@@ -79,10 +80,11 @@ class RunDirectory:
         """Keep an earlier run under another name, so that a fresh one can take its place."""
         if not is_main_process() or not any(self.path.iterdir()):
             return
-        number = next(n for n in range(1, 10_000) if not self.path.with_name(f"{self.path.name}.{n}").exists())
-        target = self.path.with_name(f"{self.path.name}.{number}")
-        self.path.rename(target)
-        self.path.mkdir()
+        real = self.path.resolve()
+        number = next(n for n in range(1, 10_000) if not real.with_name(f"{real.name}.{n}").exists())
+        target = real.with_name(f"{real.name}.{number}")
+        real.rename(target)
+        real.mkdir()
         say(f"earlier run moved to {target}")
 
     def start(self, recipe_text: str, **facts: Any) -> None:
@@ -114,6 +116,8 @@ class RunDirectory:
         if is_main_process() and self.path.is_dir():
             if not self._facts:
                 self._facts = read_json(self.manifest) if self.manifest.is_file() else {"command": shlex.join(sys.argv)}
+                if self._facts.get("status") == status == "done":
+                    return  # a finished run was asked for again: its manifest tells of the run, not of the asking
             self.note(status=status, ended=_now(), **facts)
 
 

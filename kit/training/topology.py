@@ -44,10 +44,9 @@ def announced_processes() -> tuple[int, str]:
 
 def _option(command: list[str], name: str) -> str | None:
     for word, following in zip(command, [*command[1:], None], strict=True):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
+        given, equals, value = word.partition("=")
+        if given.replace("-", "_") == name.replace("-", "_"):  # accelerate takes `--num-processes` too
+            return value if equals else following
     return None
 
 

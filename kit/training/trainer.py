@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from kit.data.sampling import EpochBatches
-from kit.files import is_sealed, read_json, write_json
+from kit.files import is_sealed, read_json, read_seal, write_json
 from kit.training.checkpoints import complete_checkpoint
 from kit.training.preemption import Preempted, Preemption
 from kit.training.topology import any_process, barrier, sum_over_processes
@@ -241,7 +241,8 @@ class KitTrainer(Trainer):
         self._total_loss_scalar, self._globalstep_last_logged = loss["total"], loss["logged"]
         self._initial_global_step = 0  # the mean training loss covers the whole run, whatever it was split into
         if self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            # Beside the checkpoint resumed from, whose folder may have moved or be another run's.
+            best = self._resumed_from.absolute().parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if is_sealed(best) else None
         self._catch_up(**read_json(self._resumed_from / _PROGRESS))
 
@@ -263,6 +264,14 @@ class KitTrainer(Trainer):
             )
         finally:
             self.preemption.deferred = False
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint, unless it is damaged; Trainer does not look."""
+        if read_seal(self.state.best_model_checkpoint) is None:
+            raise RuntimeError(
+                f"{self.state.best_model_checkpoint}, the best checkpoint, is damaged: a file has changed"
+            )
+        super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that does not hold every tensor; Trainer loads non-strictly and logs a line."""

@@ -28,6 +28,8 @@ TRAINING = {
     "bf16": False,
 }
 
+NEVER_STOPS = {"patience": 50}
+
 PREPARATION = "kit.data.store:_write_batch"
 BEFORE = "kit.evaluation.language_modeling:_score"
 STEP = "kit.training.trainer:KitTrainer.training_step"
@@ -44,7 +46,7 @@ def finished(tmp_path_factory):
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     corpus.write_text("\n\n\n".join(documents(20, seed=3)))
 
-    def launch(folder, processes, fault=None, **changes):
+    def launch(folder, processes, fault=None, early_stopping=NEVER_STOPS, **changes):
         batch = TRAINING["per_device_train_batch_size"] // processes
         recipe = {
             "task": "causal-lm",
@@ -64,7 +66,7 @@ def finished(tmp_path_factory):
             },
             "training": {**TRAINING, "per_device_train_batch_size": batch, **changes},
             "evaluation": {"prompts": ["the kit"], "generation": {"max_new_tokens": 8}},
-            "run": {"early_stopping": {"patience": 50}, "output_dir": str(folder / "run")},
+            "run": {"early_stopping": early_stopping, "output_dir": str(folder / "run")},
             "tracking": {"wandb": {"mode": "offline"}},
         }  # fmt: skip
         path = folder / "recipe.yaml"
@@ -74,7 +76,7 @@ def finished(tmp_path_factory):
     results = {}
 
     def reference(processes, **changes):
-        key = (processes, *sorted(changes.items()))
+        key = (processes, str(sorted(changes.items())))
         if key not in results:
             folder = tmp_path_factory.mktemp("reference")
             assert launch(folder, processes, **changes) == [0] * processes
@@ -83,6 +85,10 @@ def finished(tmp_path_factory):
 
     return launch, reference
 
+
+BY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+STOPPED_EARLY = {"early_stopping": {"patience": 1, "threshold": 10.0}}
+UNMEASURED = {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping": None}
 
 CASES = [
     (1, Fault(PREPARATION, 1, signal.SIGKILL), {}),
@@ -96,13 +102,15 @@ CASES = [
     (1, Fault(MARKER, 2, signal.SIGKILL), {}),
     (1, Fault(ROTATION, 2, signal.SIGKILL), {}),
     (1, Fault(EXPORT, 1, signal.SIGKILL), {}),
+    (1, Fault(EXPORT, 1, signal.SIGKILL), STOPPED_EARLY),
+    (1, Fault(EVALUATION, 1, signal.SIGTERM), STOPPED_EARLY),
+    (1, Fault("kit.run:Run.measure", 2, signal.SIGTERM), UNMEASURED),
     (2, Fault(STEP, 13, signal.SIGKILL, rank=1), {}),
     (2, Fault(STEP, 13, signal.SIGTERM, rank=1), {}),
     (2, Fault(EVALUATION, 2, signal.SIGTERM, rank=0), {}),
     (2, Fault(SAVE, 2, signal.SIGKILL, rank=0), {}),
     (2, Fault(PREPARATION, 1, signal.SIGTERM, rank=0), {}),
 ]
-BY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
 CASES += [
     (1, Fault(EVALUATION, 2, signal.SIGTERM), BY_EPOCH),
     (1, Fault(STEP, 18, signal.SIGTERM), BY_EPOCH),
