@@ -55,7 +55,7 @@ else
 	@# The launcher turns every exit code but 0 into 1: the run's own comes from its manifest.
 	@echo "$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS)"
 	@$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS) \
-	  || { $(BIN)/kit status $(RECIPE) $(ARGS); exit 1; }
+	  || { $(BIN)/kit status $(RECIPE) $(ARGS) && exit 1; }
 endif
 
 .PHONY: prepare

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_MOST_LISTED = 20
+
 
 class UserError(Exception):
     """A mistake in a recipe, a file or a command, as opposed to a fault of the kit.
@@ -19,7 +21,9 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean `x`?"``, or, where nothing is near, the list of valid names."""
+    """Return ``"; did you mean `x`?"``; where nothing is near, the valid names if they are few, else nothing."""
     names = sorted(valid)
     best = nearest(name, names)
-    return f"; did you mean `{best}`?" if best else f"; valid: {', '.join(names)}"
+    if best:
+        return f"; did you mean `{best}`?"
+    return f"; valid: {', '.join(names)}" if 0 < len(names) <= _MOST_LISTED else ""

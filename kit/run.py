@@ -48,7 +48,7 @@ def train(recipe_path: str, overrides: list[str]) -> None:
     with _attempt(directory) as preemption:
         args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
         check_topology(args)
-        if from_main_process(_is_finished(recipe, directory)):
+        if from_main_process(lambda: _is_finished(recipe, directory)):
             print_scorecard(read_json(directory.scorecard))
             say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
             return
@@ -134,9 +134,12 @@ def prepare_run(recipe: Recipe, args: TrainingArguments, directory: RunDirectory
         UserError: data or model cannot be used, or more tokens would be dropped than the recipe allows.
     """
     task = TASKS[recipe.task]
-    with local_main_process_first():
+
+    def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus]:
         tokenizer = task.prepare_tokenizer(recipe)
-        corpus = task.prepare_examples(recipe, tokenizer, args.seed)
+        return tokenizer, task.prepare_examples(recipe, tokenizer, args.seed)
+
+    tokenizer, corpus = local_main_process_first(prepare_data)
     if directory:
         describe_special_tokens(tokenizer)
         print_ledger(corpus.ledger)
@@ -145,7 +148,7 @@ def prepare_run(recipe: Recipe, args: TrainingArguments, directory: RunDirectory
         check_dropped(corpus.ledger, recipe.data.max_dropped)
     model = task.load_model(recipe, tokenizer, args.seed).to(args.device)
     # Hashing the weights of a large model takes a while: once is enough.
-    key = from_main_process(model_key(recipe.model, args.seed) if is_main_process() else None)
+    key = from_main_process(lambda: model_key(recipe.model, args.seed))
     return Run(recipe, task, args, directory, tokenizer, corpus, model, key)
 
 
@@ -155,7 +158,7 @@ def measure_before(run: Run) -> dict[str, Any]:
     asked = run.recipe.evaluation.model_dump(mode="json")
     key = hash_values("before", run.model_key, tokenizer_key(run.tokenizer), sets, run.recipe.data.block_size, asked)
     folder = Path(run.recipe.data.store_dir) / "before" / key
-    if not from_main_process(is_sealed(folder)):
+    if not from_main_process(lambda: is_sealed(folder)):
         measured = {"figures": run.measure(), "samples": run.sample()}
         if is_main_process():
             build_once(folder, lambda temporary: write_json(temporary / "before.json", measured))
@@ -171,7 +174,7 @@ def run_training(run: Run, tracker: WandbTracker | None, preemption: Preemption)
     """
     recipe, directory = run.recipe, run.directory
     fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key}
-    checkpoint = from_main_process(_resume_point(run, fingerprints) if is_main_process() else None)
+    checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
     say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     callbacks = [MetricsLog(directory.metrics)]
     if recipe.run.early_stopping:
@@ -296,8 +299,6 @@ def _is_finished(recipe: Recipe, directory: RunDirectory) -> bool:
     Raises:
         UserError: the folder holds the run of another recipe.
     """
-    if not is_main_process():
-        return False
     if recipe.run.resume == "never":
         directory.move_aside()
         return False

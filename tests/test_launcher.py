@@ -49,6 +49,13 @@ def test_two_processes_give_what_one_gives(write_recipe, tmp_path):
             assert two.get(key, 0) == pytest.approx(alone.get(key, 0), rel=1e-5)
 
 
+def test_user_error_of_the_main_process_ends_every_process_without_a_traceback(write_recipe, tmp_path):
+    recipe = write_recipe(data={"train": [{"path": str(tmp_path / "missing.txt")}]})
+    from tests.harness import run_kit
+
+    assert run_kit(["train", recipe], processes=2) == [2, 2]
+
+
 def test_announced_processes_that_do_not_exist_are_refused(write_recipe, tmp_path):
     """With `--cpu --num_processes 2` accelerate starts one process, which would train alone on half the batch."""
     result = launch("--cpu", "--num_processes", 2, "-m", "kit", "train", write_recipe())

@@ -32,7 +32,7 @@ def _why_missing(path: Path) -> str:
     if path.is_dir():
         return "is a folder; name the files in it, such as `" + str(path / "*.txt") + "`"
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return "no such file" + (did_you_mean(path.name, siblings) if 0 < len(siblings) < 50 else "")
+    return "no such file" + did_you_mean(path.name, siblings)
 
 
 def source_fingerprint(source: Source) -> str:

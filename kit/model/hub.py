@@ -24,7 +24,7 @@ def from_hub(key: str, name: str) -> Iterator[None]:
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) if siblings else ""
+        hint = did_you_mean(path.name, siblings)
         raise UserError(f"{key}: `{name}`: no such folder (resolved to {path.absolute()}){hint}")
     if path.is_file():
         raise UserError(f"{key}: `{name}` is a file; expected a folder, or a name on the Hub")

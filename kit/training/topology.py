@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 import torch
@@ -13,9 +13,10 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from kit.console import is_local_main_process
+from kit.console import is_local_main_process, is_main_process
 from kit.errors import UserError
 
+T = TypeVar("T")
 _LAUNCHER = re.compile(r"accelerate(\S*\s+|-|\.commands\.|/commands/)launch")
 
 
@@ -86,9 +87,49 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_main_process(value: object) -> object:
-    """Return what the main process passed, on every process."""
-    return broadcast_object_list([value])[0] if dist.is_initialized() else value
+def from_main_process(make: Callable[[], T]) -> T:
+    """Call `make` on the main process and return, on every process, what it returned there.
+
+    Raises:
+        UserError: `make` raised one; every process raises it, so that none is left waiting.
+    """
+    if not dist.is_initialized():
+        return make()
+    value, error = _attempt(make) if is_main_process() else (None, None)
+    value, error = broadcast_object_list([value, error])
+    return _or_raise(value, error)
+
+
+def local_main_process_first(make: Callable[[], T]) -> T:
+    """Call `make` on the first process of each machine, then on the others, and return what it returned on each.
+
+    Preparing a corpus may take hours, so the others wait in a group of their own: the default group would give up after
+    `ddp_timeout`.
+
+    Raises:
+        UserError: `make` raised one on a first process; every process raises it.
+    """
+    if not dist.is_initialized():
+        return make()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    value, error = _attempt(make) if is_local_main_process() else (None, None)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=patient)
+    _or_raise(None, next(filter(None, errors), None))
+    return value if is_local_main_process() else make()
+
+
+def _attempt(make: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return make(), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _or_raise(value: T, error: str | None) -> T:
+    if error is not None:
+        raise UserError(error)
+    return value
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
@@ -105,21 +146,3 @@ def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
-
-
-@contextmanager
-def local_main_process_first() -> Iterator[None]:
-    """Run a block on the first process of each machine, then on the others.
-
-    Preparing a corpus may take hours, so the others wait in a group of their own: the default group's barrier would
-    give up after `ddp_timeout`.
-    """
-    if not dist.is_initialized():
-        yield
-        return
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    if not is_local_main_process():
-        dist.barrier(patient)
-    yield
-    if is_local_main_process():
-        dist.barrier(patient)

@@ -119,4 +119,4 @@ def test_description_of_a_single_process(tmp_path):
 
 
 def test_alone_everybody_is_the_main_process():
-    assert from_main_process({"a": 1}) == {"a": 1}
+    assert from_main_process(lambda: {"a": 1}) == {"a": 1}
