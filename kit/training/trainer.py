@@ -55,9 +55,8 @@ class KitTrainer(Trainer):
         # transformers 5.23, and the next line to versions before it.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self.weight_seen = torch.tensor(
-            0
-        )  # by this process since it began; a tensor, so that no step waits for the GPU
+        # Since this process began; a tensor, so that no step waits for the GPU.
+        self.weight_seen = torch.tensor(0)
         self.last_evaluation: tuple[int, dict[str, dict[str, float]] | None] = (-1, None)
         self._resumed_from: Path | None = None
         self._over = False
