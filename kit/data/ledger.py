@@ -102,7 +102,8 @@ def print_ledger(ledger: Sequence[LedgerRow]) -> None:
         columns.insert(4, "repeated")
     rows = []
     for row in ledger:
-        cells = [row.source] + [f"{n:,}" for n in (row.documents, row.held_out, row.read)]
+        empty = f"\n{row.empty:,} empty" if row.empty else ""
+        cells = [row.source, f"{row.documents:,}{empty}"] + [f"{n:,}" for n in (row.held_out, row.read)]
         cells += [f"{row.repeated:,}"] if "repeated" in columns else []
         causes = "".join(f"\n{cause}" for cause in row.dropped)
         cells += [f"{row.trained:,}", f"{row.context:,}", f"{row.total_dropped:,}{causes}", f"{row.padding:,}"]
