@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -45,15 +46,30 @@ def warn(message: str) -> None:
 
 
 def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> None:
-    """Print a table on rank 0: the first column left-aligned, the others right-aligned."""
+    """Print a table on rank 0, the first column left-aligned and the others right-aligned.
+
+    On a terminal too narrow for it, each row becomes a block of lines, `column: cell`.
+    """
+    if not is_main_process():
+        return
+    rows = list(rows)
     grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
+    names = min(20, max((len(row[0]) for row in rows), default=0))
+    grid.add_column(columns[0], overflow="fold", min_width=names)
+    for column in columns[1:]:
+        grid.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
-    if is_main_process():
-        _console.print()
-    say(grid)
+    say()
+    unbounded = _console.options.update(max_width=10_000)
+    if Measurement.get(_console, unbounded, grid).minimum <= _console.width:
+        say(grid)
+        return
+    say(title, style="bold")
+    for first, *others in rows:
+        say(f"{columns[0]}: {first}")
+        for column, cell in zip(columns[1:], others, strict=True):
+            say(f"  {column}: {' '.join(cell.split())}")
 
 
 def new_progress() -> Progress:

@@ -1,11 +1,13 @@
 """What is printed is data, shown as it is, by the main process alone."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kit import console
 
@@ -74,3 +76,13 @@ def test_an_output_that_is_not_utf8_does_not_end_the_run(encoding):
     out = result.stdout.decode(encoding)
     assert ("Δ 🧪 naïve" in out) is (encoding == "utf-8")
     assert ("naïve" in out) is (encoding != "ascii")
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_a_table_shows_every_cell_whatever_the_width(width, monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(console, "_console", Console(file=output, width=width, markup=False))
+    cells = ["first", "1,234,567", "89.012", "a long cell\nin two lines"]
+    console.table("Title", ["name", "one", "two", "three"], [cells])
+    for cell in ("name", "one", "two", "three", "first", "1,234,567", "89.012", "a long cell", "in two lines"):
+        assert cell in output.getvalue()

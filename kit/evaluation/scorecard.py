@@ -22,19 +22,24 @@ def make_scorecard(task: str, before: Mapping[str, Figures], after: Mapping[str,
 
 
 def print_scorecard(scorecard: Mapping[str, Any]) -> None:
-    """Print the scorecard as a table: a row for each set."""
-    columns = ["set", "bits/byte before", "after", "Δ", "Δ %", "perplexity before", "after", "accuracy before", "after"]
+    """Print the scorecard as a table: three figures of each set, before, after and their difference."""
     rows = []
     for name, scores in scorecard["sets"].items():
         old, new = scores["before"], scores["after"]
-        bits = new["bits_per_byte"] - old["bits_per_byte"]
-        rows.append(
-            [name, f"{old['bits_per_byte']:.4f}", f"{new['bits_per_byte']:.4f}", f"{bits:+.4f}"]
-            + [f"{bits / old['bits_per_byte']:+.1%}" if old["bits_per_byte"] else "–"]
-            + [f"{old['perplexity']:,.2f}", f"{new['perplexity']:,.2f}"]
-            + [f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}"]
-        )
-    table("Scorecard (lower bits per byte is better)", columns, rows)
+        bits, perplexity, accuracy = (new[key] - old[key] for key in ("bits_per_byte", "perplexity", "token_accuracy"))
+        share = f" ({bits / old['bits_per_byte']:+.1%})" if old["bits_per_byte"] else ""
+        rows += [
+            [
+                name,
+                "bits per byte",
+                f"{old['bits_per_byte']:.4f}",
+                f"{new['bits_per_byte']:.4f}",
+                f"{bits:+.4f}{share}",
+            ],
+            ["", "perplexity", f"{old['perplexity']:,.2f}", f"{new['perplexity']:,.2f}", f"{perplexity:+,.2f}"],
+            ["", "token accuracy", f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}", f"{accuracy:+.1%}"],
+        ]
+    table("Scorecard (lower bits per byte is better)", ["set", "figure", "before", "after", "Δ"], rows)
 
 
 def print_figures(title: str, sets: Mapping[str, Figures]) -> None:
