@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Seconds that workers get after SIGTERM to end a step and save, before the launcher kills them.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 # Words added to a command, such as ARGS="training.max_steps=10".
 ARGS ?=
 RECIPE ?=
@@ -52,10 +54,13 @@ ifeq ($(LAUNCH),)
 else
 	@test -f accelerate_configs/$(LAUNCH).yaml || { echo "LAUNCH=$(LAUNCH): no such launch file; there are:" \
 	  $(patsubst accelerate_configs/%.yaml,%,$(wildcard accelerate_configs/*.yaml)); exit 2; }
-	@# The launcher turns every exit code but 0 into 1: the run's own comes from its manifest.
+	@# The launcher turns every exit code but 0 into 1: how the run ended is read from its manifest.
 	@echo "$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS)"
-	@$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS) \
-	  || { $(BIN)/kit status $(RECIPE) $(ARGS) && exit 1; }
+	@# A signal has to reach the launcher: the shell would die of it and leave the run behind.
+	@$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS) & pid=$$!; \
+	  trap 'kill -TERM $$pid' TERM INT; code=0; wait $$pid || code=$$?; \
+	  while kill -0 $$pid 2>/dev/null; do code=0; wait $$pid || code=$$?; done; \
+	  test $$code = 0 || { $(BIN)/kit status $(RECIPE) $(ARGS) && exit 1; }
 endif
 
 .PHONY: prepare

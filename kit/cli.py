@@ -1,5 +1,6 @@
 """The commands. Nothing heavy is imported until a command runs, so that `--help` answers at once."""
 
+import errno
 import os
 import sys
 import traceback
@@ -14,6 +15,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# A folder that cannot be written, a full disk: mended by the user, and clear without a traceback.
+_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -140,16 +144,17 @@ def _run() -> int:
         return 2
     except typer.Exit as stop:
         return stop.exit_code
-    except typer.Abort:
-        return 130
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except (typer.Abort, KeyboardInterrupt):
+        _complain("interrupted; the same command goes on from the last checkpoint")
         return 130
     except BaseException as error:
         # Preempted and click's errors are recognised by name: importing their modules here would slow `--help` down.
         if type(error).__name__ == "Preempted":
             _complain("preempted: the same command goes on from here")
             return 143
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename:
+            _complain(f"error: {error.filename}: {error.strerror}")
+            return 2
         if hasattr(error, "format_message"):
             error.show()
             return 2

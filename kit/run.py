@@ -7,20 +7,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kit.console import is_main_process, quiet_libraries, say
-from kit.data.corpus import Corpus
+from kit.data.corpus import Corpus, sources_key
 from kit.data.ledger import check_dropped, ledger_as_json, print_ledger
 from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
-from kit.files import build_once, hash_values, is_sealed, read_json, write_json
+from kit.files import build_once, hash_values, read_json, read_seal, write_json
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import describe_special_tokens, tokenizer_key
 from kit.recipe.loading import differing_keys, dump_recipe, load_recipe, recipe_fingerprint
-from kit.recipe.models import Recipe
+from kit.recipe.models import Recipe, RunSection
 from kit.tasks import causal_lm
 from kit.tracking import WandbTracker
 from kit.training.arguments import make_training_arguments
@@ -32,6 +34,7 @@ from kit.training.run_directory import RunDirectory, read_status
 from kit.training.topology import barrier, check_topology, describe, from_main_process, local_main_process_first
 from kit.training.trainer import KitTrainer
 
+_BEFORE_FORMAT = 1  # raise it whenever a figure is computed in another way
 TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm}
 
 
@@ -48,11 +51,15 @@ def train(recipe_path: str, overrides: list[str]) -> None:
     with _attempt(directory) as preemption:
         args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
         check_topology(args)
-        if from_main_process(lambda: _is_finished(recipe, directory)):
+        asked = recipe
+        recipe = asked.model_copy(update={"run": from_main_process(lambda: _effective_resume(asked, directory))})
+        if from_main_process(lambda: _is_finished(recipe, directory, args.seed)):
             print_scorecard(read_json(directory.scorecard))
             say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
             return
-        directory.start(dump_recipe(recipe), topology=describe(args), precision=precision)
+        inputs = from_main_process(lambda: inputs_key(recipe, args.seed))
+        facts = {"topology": describe(args), "precision": precision, "resume": asked.run.resume, "inputs": inputs}
+        directory.start(dump_recipe(asked), **facts)
         say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
 
         run = prepare_run(recipe, args, directory)
@@ -74,6 +81,7 @@ def prepare(recipe_path: str, overrides: list[str]) -> None:
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
     with _holding(directory):
+        from_main_process(lambda: _check_same_recipe(recipe, directory))
         before = measure_before(prepare_run(recipe, args, directory))
     print_figures("Before training", before["figures"])
 
@@ -82,6 +90,8 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
     """Measure a model on the evaluation sets of a recipe, or of the recipe that a run directory holds."""
     quiet_libraries()
     directory = RunDirectory(target)
+    if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise UserError(f"--output: `{output}` is a folder, or its folder does not exist; expected a file to write")
     recipe_path = directory.recipe if directory.path.is_dir() else Path(target)
     if directory.path.is_dir() and model is None:
         if not directory.model.is_dir():
@@ -134,6 +144,7 @@ def prepare_run(recipe: Recipe, args: TrainingArguments, directory: RunDirectory
         UserError: data or model cannot be used, or more tokens would be dropped than the recipe allows.
     """
     task = TASKS[recipe.task]
+    task.check_early(recipe)
 
     def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus]:
         tokenizer = task.prepare_tokenizer(recipe)
@@ -156,9 +167,11 @@ def measure_before(run: Run) -> dict[str, Any]:
     """Return figures and samples of the base model, from the store if they were taken before."""
     sets = {name: documents.key for name, documents in run.corpus.sets.items()}
     asked = run.recipe.evaluation.model_dump(mode="json")
-    key = hash_values("before", run.model_key, tokenizer_key(run.tokenizer), sets, run.recipe.data.block_size, asked)
+    versions = [torch.__version__, transformers.__version__, run.args.device.type]
+    derived_from = [run.model_key, tokenizer_key(run.tokenizer), sets, run.recipe.data.block_size, asked, versions]
+    key = hash_values("before", _BEFORE_FORMAT, *derived_from)
     folder = Path(run.recipe.data.store_dir) / "before" / key
-    if not from_main_process(lambda: is_sealed(folder)):
+    if not from_main_process(lambda: read_seal(folder) is not None):
         measured = {"figures": run.measure(), "samples": run.sample()}
         if is_main_process():
             build_once(folder, lambda temporary: write_json(temporary / "before.json", measured))
@@ -173,7 +186,7 @@ def run_training(run: Run, tracker: WandbTracker | None, preemption: Preemption)
         The figures of the trained model, if the last evaluation on the way measured it.
     """
     recipe, directory = run.recipe, run.directory
-    fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key}
+    fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key, "model": run.model_key}
     checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
     say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     callbacks = [MetricsLog(directory.metrics)]
@@ -269,7 +282,7 @@ def _attempt(directory: RunDirectory) -> Iterator[Preemption]:
         except Preempted:
             outcome = {"status": "preempted"}
             raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             outcome["message"] = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -293,18 +306,46 @@ def _tracker(run: Run) -> Iterator[WandbTracker | None]:
         tracker.finish(exit_code)
 
 
-def _is_finished(recipe: Recipe, directory: RunDirectory) -> bool:
-    """Tell whether this very recipe's run has ended here; keep runs of different recipes apart.
+def inputs_key(recipe: Recipe, seed: int) -> str:
+    """Return a hash of the content of everything that a recipe reads: text and weights."""
+    return hash_values(sources_key(recipe.data, recipe.evaluation.sets), model_key(recipe.model, seed))
+
+
+def _effective_resume(recipe: Recipe, directory: RunDirectory) -> RunSection:
+    """Return the recipe's `run` section, with `auto` for a start with `never` or from a path that was cut off.
+
+    The same command has to go on after a preemption, not to begin once more.
+    """
+    earlier = directory.read_manifest()
+    cut_off = earlier.get("status") in ("preempted", "running") and earlier.get("resume") == recipe.run.resume
+    return recipe.run.model_copy(update={"resume": "auto"}) if cut_off else recipe.run
+
+
+def _is_finished(recipe: Recipe, directory: RunDirectory, seed: int) -> bool:
+    """Tell whether this very recipe's run has ended here.
 
     Raises:
-        UserError: the folder holds the run of another recipe.
+        UserError: the folder holds the run of another recipe, or this recipe's on other data or weights.
     """
     if recipe.run.resume == "never":
         directory.move_aside()
         return False
+    _check_same_recipe(recipe, directory)
+    if not directory.is_finished() or recipe.run.resume not in ("auto", "must"):
+        return False
+    if directory.read_manifest().get("inputs") != inputs_key(recipe, seed):
+        raise UserError(
+            f"{directory.path}: is finished, but data or base model have changed since; run afresh with "
+            f"`run.resume=never`, which keeps the old run aside, or choose another folder with `run.output_dir=…`"
+        )
+    return True
+
+
+def _check_same_recipe(recipe: Recipe, directory: RunDirectory) -> None:
+    """Keep runs of different recipes apart."""
     has_run = directory.is_finished() or checkpoints_newest_first(directory.checkpoints)
     if not has_run or not directory.recipe.is_file():
-        return False
+        return
     if differences := differing_keys(load_recipe(directory.recipe), recipe):
         listed = "\n".join(f"  {difference}" for difference in differences)
         raise UserError(
@@ -312,7 +353,6 @@ def _is_finished(recipe: Recipe, directory: RunDirectory) -> bool:
             f"choose another folder with `run.output_dir=…`, or run afresh with `run.resume=never`, which keeps the "
             f"old one aside"
         )
-    return directory.is_finished() and recipe.run.resume in ("auto", "must")
 
 
 def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:

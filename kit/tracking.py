@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from requests.utils import get_netrc_auth
 from transformers import TrainerCallback, TrainerState
 
 from kit.console import is_main_process, say, warn
@@ -124,9 +125,8 @@ class WandbTracker:
     def _mode(self) -> str:
         mode = os.environ.get("WANDB_MODE") or self.section.mode
         if mode is None:
-            import wandb
-
-            mode = "online" if wandb.Settings().api_key or wandb.api.api_key else "offline"
+            host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+            mode = "online" if os.environ.get("WANDB_API_KEY") or get_netrc_auth(host) else "offline"
         return mode
 
     def _give_up(self, error: Exception) -> None:

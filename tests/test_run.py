@@ -115,10 +115,74 @@ def test_another_recipe_is_refused_and_the_old_run_stays(write_recipe, tmp_path)
     before = read(tmp_path / "run/scorecard.json")
     with pytest.raises(UserError, match=r"training\.learning_rate: 0\.001 -> 0\.002"):
         run.train(recipe, ["training.learning_rate=0.002"])
-    assert read(tmp_path / "run/manifest.json")["status"] == "user-error"
-    assert read(tmp_path / "run/scorecard.json") == before
-    run.train(recipe, [])
+    # The manifest tells of the run that is there, not of the attempt to put another in its place.
     assert read(tmp_path / "run/manifest.json")["status"] == "done"
+    assert read(tmp_path / "run/scorecard.json") == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(write_recipe, tmp_path):
+    for name, resume in (("thesis.txt", "never"), ("recipe.yaml", "auto")):
+        folder = tmp_path / resume
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match="is no run directory"):
+            run.train(str(write_recipe()), [f"run.output_dir={folder}", f"run.resume={resume}"])
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "mine"
+
+
+def test_changed_data_or_model_under_a_finished_run_is_noticed(write_recipe, tmp_path):
+    corpus = tmp_path / "parts"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("\n\n\n".join(documents(40, seed=4)))
+    data = {"train": [{"path": str(corpus / "*.txt"), "separator": "\n\n\n"}]}
+    recipe = str(write_recipe(data=data))
+    run.train(recipe, [])
+    (corpus / "b.txt").write_text("\n\n\n".join(documents(10, seed=8)))
+    with pytest.raises(UserError, match="data or base model have changed"):
+        run.train(recipe, [])
+
+
+def test_run_that_begins_again_is_not_taken_for_finished(write_recipe, tmp_path, monkeypatch):
+    recipe = str(write_recipe(training=EVALUATED))
+    run.train(recipe, [])
+    from_two = f"run.resume={tmp_path / 'run/checkpoints/checkpoint-2'}"
+    monkeypatch.setattr(run, "finish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train(recipe, [from_two])
+    assert not (tmp_path / "run/scorecard.json").exists()
+
+
+def test_prepare_leaves_another_recipes_run_alone(write_recipe, tmp_path):
+    recipe = str(write_recipe())
+    run.train(recipe, [])
+    ledger = (tmp_path / "run/ledger.json").read_text()
+    with pytest.raises(UserError, match=r"data\.block_size: 32 -> 16"):
+        run.prepare(recipe, ["data.block_size=16"])
+    assert (tmp_path / "run/ledger.json").read_text() == ledger
+
+
+def test_diverged_training_ends_with_one_message(write_recipe, tmp_path):
+    changes = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.logging_steps=1"]
+    with pytest.raises(UserError, match=r"step \d: (loss|grad_norm) is (nan|inf): training has diverged"):
+        run.train(str(write_recipe(training={"max_steps": 6})), changes)
+    assert not (tmp_path / "run/model").exists()
+    assert read(tmp_path / "run/manifest.json")["status"] == "user-error"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.lr_scheduler_kwargs={foo: 1}", "training.lr_scheduler_type: TypeError"),
+        ("training.optim=adamw_bnb_8bit", "training.optim: ImportError"),
+        ("training.report_to=[comet_ml]", "training.report_to: RuntimeError"),
+        ("training.fsdp=full_shard", "FSDP and DeepSpeed are ignored on CPUs|fsdp"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_anything_long(write_recipe, tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        run.train(str(write_recipe()), [change])
+    assert not (tmp_path / "store").exists()
 
 
 def test_resume_never_keeps_the_old_run_aside(write_recipe, tmp_path):

@@ -34,10 +34,10 @@ _NOT_DOCUMENTATION = {
 
 
 def corpus_fingerprint(name: str, packages: Sequence[str]) -> str:
-    """Return a hash of the names, sizes and modification times of the files that the corpus is read from."""
-    # Installed files do not change but by installation: their content (150 MB for torch's) is not read for a key.
+    """Return a hash of the names and sizes of the files that the corpus is read from."""
+    # Installed files do not change but by another version: their content (150 MB for torch's) is not read for a key.
     listing = [
-        (path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        (path.relative_to(root).as_posix(), path.stat().st_size)
         for root in _roots(name, packages)
         for path in _python_files(root)
     ]

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from kit.console import warn
 from kit.data.blocks import CollateRows, TokenRows, TrainPart, select_blocks
 from kit.data.ledger import LedgerRow, account
 from kit.data.sources import read_documents, source_fingerprint
@@ -103,6 +104,11 @@ def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: T
     """
     stores = [_open(data, source, coding) for source in data.train]
     splits = [_split(data.validation, store) for store in stores]
+    for store, (_, held) in zip(stores, splits, strict=True):
+        if isinstance(data.validation, ValidationFraction) and not len(held):
+            warn(
+                f"data source `{store.name}`: none of its {store.num_documents:,} documents is held out for validation"
+            )
     evaluation = _evaluation_sets(data, sets, coding, stores, splits)
     # A document that is measured on must not be trained on, wherever else it occurs: measurements would flatter.
     measured = [s.hashes for name, s in evaluation.items() if (sets.get(name) is None or sets[name].split != "train")]
@@ -152,6 +158,13 @@ def training_documents(data: DataSection) -> Iterator[str]:
                 or not held_out(digest, validation.fraction, validation.seed).any()
             ):
                 yield text
+
+
+def sources_key(data: DataSection, sets: Mapping[str, EvaluationSet]) -> str:
+    """Return a hash of the content of every source that is trained or measured on."""
+    validation = data.validation if isinstance(data.validation, tuple) else ()
+    own = [wanted for wanted in sets.values() if wanted.split is None]
+    return hash_values([source_fingerprint(source) for source in (*data.train, *validation, *own)])
 
 
 def training_documents_key(data: DataSection) -> str:

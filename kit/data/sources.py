@@ -140,6 +140,8 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not JSON: {error.msg} at character {error.pos + 1}") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+            raise UserError(f"{path}:{number}: cannot be read as JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: found {type(row).__name__}; expected an object with a field `{column}`")
         if column not in row:

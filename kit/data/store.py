@@ -146,7 +146,7 @@ def _write_batch(file, encoded: list[list[int]], eos_token_id: int, dtype: type)
     flat[ends - 1] = eos_token_id
     for ids, end, length in zip(encoded, ends, lengths, strict=True):
         flat[end - length : end - 1] = ids
-    flat.tofile(file)
+    file.write(flat)  # not `tofile`, which hides why a write fails
     return lengths
 
 

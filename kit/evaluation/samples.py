@@ -84,7 +84,8 @@ def _count_new_tokens(model: PreTrainedModel, prompt: int, max_new_tokens: int |
     if positions and total > positions:
         raise UserError(
             f"a prompt of {prompt} tokens and its continuation would take {total} positions; the model has "
-            f"{positions}: ask for at most {positions - prompt} new tokens (`max_new_tokens`)"
+            f"{positions}: "
+            + (f"ask for at most {positions - prompt} new tokens" if prompt < positions else "shorten the prompt")
         )
     return total - prompt
 

@@ -28,6 +28,8 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
         old, new = scores["before"], scores["after"]
         bits, perplexity, accuracy = (new[key] - old[key] for key in ("bits_per_byte", "perplexity", "token_accuracy"))
         share = f" ({bits / old['bits_per_byte']:+.1%})" if old["bits_per_byte"] else ""
+        change = f"{bits:+.4f}{share}"
+        size = [f"{new['documents']:,} documents", f"{new['bytes']:,} bytes"]
         rows += [
             [
                 name,
@@ -36,8 +38,9 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
                 f"{new['bits_per_byte']:.4f}",
                 f"{bits:+.4f}{share}",
             ],
-            ["", "perplexity", f"{old['perplexity']:,.2f}", f"{new['perplexity']:,.2f}", f"{perplexity:+,.2f}"],
-            ["", "token accuracy", f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}", f"{accuracy:+.1%}"],
+            [size[0], "perplexity", f"{old['perplexity']:,.2f}", f"{new['perplexity']:,.2f}", f"{perplexity:+,.2f}"],
+            [size[1], "token accuracy", f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}"]
+            + [f"{accuracy:+.1%}"],
         ]
     table("Scorecard (lower bits per byte is better)", ["set", "figure", "before", "after", "Δ"], rows)
 

@@ -11,7 +11,7 @@ def check_isolation(model: PreTrainedModel, vocab_size: int) -> None:
     """Check that a packed document does not see the one before it.
 
     Two documents share a row, once with one text and once with another in the first place; the second one's logits
-    must be equal bit for bit. Several architectures ignore restarting positions (OPT, BLOOM).
+    must be equal but for rounding. Several architectures ignore restarting positions (OPT, BLOOM).
 
     Raises:
         UserError: the logits differ.
@@ -34,7 +34,8 @@ def check_isolation(model: PreTrainedModel, vocab_size: int) -> None:
         logits = None  # a forward without `position_ids`
     finally:
         model.train(was_training)
-    if logits is None or not torch.equal(*logits):
+    # A mixture of experts batches tokens by expert, which alone changes rounding; a leak is orders of magnitude larger.
+    if logits is None or (logits[0] - logits[1]).abs().max() > 1e-5 * logits[0].abs().max():
         raise UserError(
             f"{type(model).__name__} lets packed documents see each other; set `data.packing: false`, which gives each "
             f"document a row of its own"

@@ -40,15 +40,12 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
         config = _fresh_config(section.from_config, tokenizer)
         try:
             return AutoModelForCausalLM.from_config(config, **options)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.from_config: {' '.join(str(error).split())}") from error
+        except Exception as error:  # each architecture fails in its own way on sizes that do not go together
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"model.from_config: no model can be built from it: {reason}") from error
     name = section.name_or_path
     config = _override(load_config(section), section.config, "model.config")
-    if not _is_causal_lm(config):
-        raise UserError(
-            f"model.name_or_path: `{name}` is of type `{config.model_type}`, which has no causal language model; "
-            f"`task: causal-lm` needs a decoder such as GPT-2 or Llama"
-        )
+    check_config(config, name, block_size=1)
     with from_hub("model.name_or_path", name):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -99,7 +96,25 @@ def check_alignment(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             f"the tokenizer's largest id is {largest:,}, but the model has {rows:,} embeddings: "
             f"this tokenizer belongs to another model"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    _check_positions(model.config, block_size)
+
+
+def check_config(config: PreTrainedConfig, name: str, block_size: int) -> None:
+    """Check that a configuration is a causal LM's and has the positions of a block.
+
+    Raises:
+        UserError: it is not, or has not.
+    """
+    if not _is_causal_lm(config):
+        raise UserError(
+            f"model.name_or_path: `{name}` is of type `{config.model_type}`, which has no causal language model; "
+            f"`task: causal-lm` needs a decoder such as GPT-2 or Llama"
+        )
+    _check_positions(config, block_size)
+
+
+def _check_positions(config: PreTrainedConfig, block_size: int) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and block_size > positions:
         raise UserError(
             f"data.block_size: found {block_size:,}; expected at most {positions:,}, the positions that the model has"

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+Text = Annotated[str, Field(min_length=1)]
+
 
 class Section(BaseModel):
     """Base of every section: immutable, strict about types, and closed to unknown keys."""
@@ -51,7 +53,7 @@ def _non_empty(item: Any) -> Any:
 class Source(Section):
     """One source of documents: text or JSONL files, or a corpus that is on every machine."""
 
-    path: str | None = None
+    path: Text | None = None
     """A file or a glob, relative to the working directory."""
     builtin: Literal["python-reference", "docstrings"] | None = None
     """A corpus read from the machine: `python-reference` (language reference and standard library), or
@@ -120,7 +122,7 @@ class DataSection(Section):
     """Fill every row with whole and partial documents, isolated from each other; `false` gives each its own row."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Share of a source's tokens that may be left out of training before the run is refused."""
-    store_dir: str = "runs/.store"
+    store_dir: Text = "runs/.store"
     """Folder of the token stores, shared by all runs and keyed by content, tokenizer and settings."""
 
     @model_validator(mode="after")
@@ -143,7 +145,7 @@ class TrainedTokenizer(Section):
 class ModelSection(Section):
     """The model to start from, and its tokenizer."""
 
-    name_or_path: str | None = None
+    name_or_path: Text | None = None
     """A model on the Hub or a local folder, as `from_pretrained` takes it."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
@@ -253,11 +255,12 @@ class EarlyStopping(Section):
 class RunSection(Section):
     """What a run does around training."""
 
-    output_dir: str | None = None
+    output_dir: Text | None = None
     """The run directory; by default `runs/<stem of the recipe file>`."""
-    resume: str = "auto"
+    resume: Text = "auto"
     """`auto`: the newest complete checkpoint of this run directory, else a fresh start; `must`: a checkpoint or an
-    error; `never`: a fresh start, an earlier run being moved aside; or the path of a checkpoint."""
+    error; `never`: a fresh start, an earlier run being moved aside; or the path of a checkpoint. The same command after
+    a preemption goes on with what `never` or a path began."""
     early_stopping: EarlyStopping | None = None
     """When to end training before its last step."""
 

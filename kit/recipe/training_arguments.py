@@ -204,6 +204,7 @@ _AT_LEAST_0 = _Range("a number of at least 0", lambda x: x >= 0)
 _ABOVE_0 = _Range("a number greater than 0", lambda x: x > 0)
 _AT_LEAST_1 = _Range("at least 1", lambda x: x >= 1)
 _COUNT = _Range("at least 0", lambda x: x >= 0)
+_SEED = _Range("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 _BETA = _Range("a number of at least 0 and less than 1", lambda x: 0 <= x < 1)
 _SHARE_OR_STEPS = "a whole number of steps, or a share of all steps below 1"
 _STEPS = _Range(f"{_SHARE_OR_STEPS}, greater than 0", lambda x: x > 0 and (x < 1 or x == int(x)))
@@ -233,8 +234,8 @@ _RANGES = {
     "dataloader_prefetch_factor": _AT_LEAST_1,
     "ddp_bucket_cap_mb": _AT_LEAST_1,
     "ddp_timeout": _AT_LEAST_1,
-    "seed": _COUNT,
-    "data_seed": _COUNT,
+    "seed": _SEED,
+    "data_seed": _SEED,
 }
 
 

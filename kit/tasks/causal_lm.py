@@ -13,7 +13,7 @@ from kit.data.blocks import IGNORE_INDEX
 from kit.data.corpus import Corpus, TokenCoding, build_corpus, training_documents, training_documents_key
 from kit.evaluation.language_modeling import evaluate_documents
 from kit.model.isolation import check_isolation
-from kit.model.loading import check_alignment, load_causal_lm
+from kit.model.loading import check_alignment, check_config, load_causal_lm, load_config
 from kit.model.tokenizer import encoder, load_tokenizer, tokenizer_key
 from kit.recipe.models import Recipe
 
@@ -23,6 +23,16 @@ Figures = dict[str, float | int]
 LOGGED_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "token_accuracy", "eos_nats")
 HIGHER_IS_BETTER = {"token_accuracy"}
 DEFAULT_FIGURE = "bits_per_byte"
+
+
+def check_early(recipe: Recipe) -> None:
+    """Check of the model what its configuration alone tells, before hours of tokenising.
+
+    Raises:
+        UserError: it cannot be found, is no causal LM, or has fewer positions than a block.
+    """
+    if recipe.model.name_or_path is not None:
+        check_config(load_config(recipe.model), recipe.model.name_or_path, recipe.data.block_size)
 
 
 def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from kit.errors import UserError, did_you_mean
 from kit.model.precision import has_accelerator, supports_bf16
@@ -40,16 +42,30 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
     if recipe.run.early_stopping:
         # EarlyStoppingCallback counts its patience in memory; only this makes Trainer restore the count.
         kit_values["restore_callback_states_from_checkpoint"] = True
+        # Stopping early and keeping the last model, the one that no longer improved, is hardly anybody's wish.
+        kit_values["load_best_model_at_end"] = values.get("load_best_model_at_end", _saves_every_evaluation(values))
     kit_values |= _best_model_metric(recipe, task)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     try:
         args = TrainingArguments(**{**values, **{k: v for k, v in kit_values.items() if k in known}})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    _check_buildable(args)
+    if args.device.type == "cpu" and (args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        raise UserError("FSDP and DeepSpeed are ignored on CPUs: the run would be plain DDP; leave them out")
     if args.fp16 and args.device.type == "cpu":
         raise UserError("training.fp16: a CPU multiplies fp16 a hundred times slower than fp32; leave it out")
     _check_evaluation(recipe, args)
     return args, precision
+
+
+def _saves_every_evaluation(values: dict[str, Any]) -> bool:
+    """Tell whether each checkpoint is of an evaluated step, which Trainer demands for restoring the best one."""
+    evaluates, saves = values.get("eval_strategy", "no"), values.get("save_strategy", "steps")
+    if evaluates != saves or saves == "no":
+        return False
+    eval_steps = values.get("eval_steps") or values.get("logging_steps", 500)
+    return saves == "epoch" or values.get("save_steps", 500) % eval_steps == 0
 
 
 def _choose_precision(values: dict[str, Any], on_cpu: bool) -> str:
@@ -80,7 +96,9 @@ def _best_model_metric(recipe: Recipe, task: ModuleType) -> dict[str, Any]:
     metric = recipe.training.get("metric_for_best_model")
     if metric is None:
         metric = f"{sets[0]}_{task.DEFAULT_FIGURE}"
-    elif metric.removeprefix("eval_") not in metrics:
+    elif metric not in metrics and metric.removeprefix("eval_") in metrics:
+        metric = metric.removeprefix("eval_")
+    elif metric not in metrics:
         raise UserError(f"training.metric_for_best_model: no such metric: `{metric}`{did_you_mean(metric, metrics)}")
     better = recipe.training.get("greater_is_better")
     higher = any(metric.endswith(figure) for figure in task.HIGHER_IS_BETTER)
@@ -88,7 +106,34 @@ def _best_model_metric(recipe: Recipe, task: ModuleType) -> dict[str, Any]:
         raise UserError(
             f"training.greater_is_better: found {better}, but of `{metric}` {'more' if higher else 'less'} is better"
         )
-    return {"metric_for_best_model": metric, "greater_is_better": higher}
+    # With Trainer's prefix: it takes a metric that begins with `eval_` for one that has it.
+    return {"metric_for_best_model": f"eval_{metric}", "greater_is_better": higher}
+
+
+def _check_buildable(args: TrainingArguments) -> None:
+    """Build what the arguments only name, on a single parameter, before anything long begins.
+
+    Raises:
+        UserError: an optimizer, scheduler or tracker cannot be built: a package or an argument of it is missing.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    checks = {
+        "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(args),
+        "lr_scheduler_type": lambda: get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([parameter], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(100),
+            num_training_steps=100,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        ),
+        "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(args.report_to)],
+        "use_liger_kernel": lambda: args.use_liger_kernel and __import__("liger_kernel"),
+    }
+    for key, build in checks.items():
+        try:
+            build()
+        except Exception as error:  # each fails in its own way
+            raise UserError(f"training.{key}: {' '.join(f'{type(error).__name__}: {error}'.split())[:400]}") from error
 
 
 def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:

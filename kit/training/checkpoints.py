@@ -51,7 +51,7 @@ def choose_checkpoint(resume: str, folder: Path, world_size: int, fingerprints: 
         return None
     path = Path(resume)
     marker = read_seal(path)
-    if marker is None:
+    if marker is None or "world_size" not in marker:
         what = "is no complete checkpoint" if path.is_dir() else "no such folder"
         raise UserError(f"run.resume: `{resume}`: {what} (resolved to {path.absolute()})")
     _check_belongs(path, marker, world_size, fingerprints)

@@ -3,6 +3,7 @@
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,9 @@ PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "wandb", "tokenizers", "safetensors",
     "numpy",
 )  # fmt: skip
+
+
+_LOCK_PATIENCE_S = 3  # `kit status` holds the lock for a moment
 
 
 class RunDirectory:
@@ -57,7 +61,8 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._refuse_foreign_folder()
+            self._lock.acquire(timeout=_LOCK_PATIENCE_S)
         except Timeout:
             raise RunDirectoryInUse(
                 f"{self.path}: another run is using this folder; wait for it, or choose another with `run.output_dir=…`"
@@ -67,10 +72,24 @@ class RunDirectory:
                 f"run.output_dir: {self.path.absolute()} cannot be written: {error.strerror}"
             ) from None
 
+    def _refuse_foreign_folder(self) -> None:
+        """Refuse a folder with anything in it that is not a run's: what it holds would be replaced or moved."""
+        foreign = {p.name for p in self.path.iterdir() if not p.name.startswith(".")} - {self.ledger.name}
+        if foreign and not self.manifest.is_file():
+            listed = ", ".join(sorted(foreign)[:5])
+            raise RunDirectoryInUse(
+                f"run.output_dir: {self.path.absolute()} is no run directory (it holds {listed}); name a new or empty "
+                f"folder, or one of an earlier run"
+            )
+
     def unlock(self) -> None:
         """Release the folder."""
         if self._lock.is_locked:
             self._lock.release()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest, empty where there is none."""
+        return read_json(self.manifest) if self.manifest.is_file() else {}
 
     def is_finished(self) -> bool:
         """Tell whether a run ended here: the scorecard is the last thing that it writes."""
@@ -91,8 +110,12 @@ class RunDirectory:
         """Write the resolved recipe and the manifest of a run that begins or goes on."""
         if not is_main_process():
             return
+        # What marks a finished run must not vouch for the one that begins; nor is what a kill left half-written kept.
+        self.scorecard.unlink(missing_ok=True)
+        for leftover in self.path.glob(".*.????????"):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
         write_text(self.recipe, recipe_text)
-        earlier = read_json(self.manifest) if self.manifest.is_file() else {}
+        earlier = self.read_manifest()
         self._facts = {
             "status": "running",
             "command": shlex.join(["kit", *sys.argv[1:]]),
@@ -113,12 +136,13 @@ class RunDirectory:
 
     def end(self, status: str, **facts: Any) -> None:
         """Record how the run ended: `done`, `user-error`, `failed` or `preempted`."""
-        if is_main_process() and self.path.is_dir():
-            if not self._facts:
-                self._facts = read_json(self.manifest) if self.manifest.is_file() else {"command": shlex.join(sys.argv)}
-                if self._facts.get("status") == status == "done":
-                    return  # a finished run was asked for again: its manifest tells of the run, not of the asking
-            self.note(status=status, ended=_now(), **facts)
+        if not is_main_process():
+            return
+        if not self._facts:
+            if self.manifest.is_file():
+                return  # nothing was started: the manifest tells of the run that is here, not of this attempt
+            self._facts = {"command": shlex.join(["kit", *sys.argv[1:]])}
+        self.note(status=status, ended=_now(), **facts)
 
 
 class RunDirectoryInUse(UserError):

@@ -4,12 +4,14 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
@@ -38,9 +40,13 @@ def announced_processes() -> tuple[int, str]:
     if (number := _option(command, "--num_processes")) is not None:
         return int(number), "--num_processes of accelerate launch"
     if (path := _option(command, "--config_file")) is not None:
-        with open(path, encoding="utf-8") as file:
-            return int(yaml.safe_load(file).get("num_processes", 1)), path
-    return 1, "accelerate launch"
+        return _processes_of(path)
+    return _processes_of(default_config_file) if Path(default_config_file).is_file() else (1, "accelerate launch")
+
+
+def _processes_of(path: str) -> tuple[int, str]:
+    with open(path, encoding="utf-8") as file:
+        return int((yaml.safe_load(file) or {}).get("num_processes", 1)), path
 
 
 def _option(command: list[str], name: str) -> str | None:

@@ -1,5 +1,6 @@
 """The Trainer subclass: a loss that is normalised right, exact evaluation, and checkpoints that resume exactly."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from kit.data.sampling import EpochBatches
+from kit.errors import UserError
 from kit.files import is_sealed, read_json, read_seal, write_json
 from kit.training.checkpoints import complete_checkpoint
 from kit.training.preemption import Preempted, Preemption
@@ -246,7 +248,17 @@ class KitTrainer(Trainer):
         self._catch_up(**read_json(self._resumed_from / _PROGRESS))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log without the summary's rates, which would set the samples of a whole run against one session's time."""
+        """Log without the summary's rates, which would set the samples of a whole run against one session's time.
+
+        Raises:
+            UserError: the loss or the gradient is no number.
+        """
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise UserError(
+                    f"step {self.state.global_step}: {name} is {logs[name]}: training has diverged; lower "
+                    f"`training.learning_rate`, lengthen `training.warmup_steps`, or keep `training.max_grad_norm` on"
+                )
         super().log({name: value for name, value in logs.items() if name not in _SESSION_RATES}, start_time)
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
@@ -258,11 +270,14 @@ class KitTrainer(Trainer):
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self.preemption.deferred = True
         try:
-            return super().train(
+            result = super().train(
                 resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs
             )
         finally:
             self.preemption.deferred = False
+        if self.preemption.requested:  # since the last step boundary
+            raise Preempted
+        return result
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint, unless it is damaged; Trainer does not look."""

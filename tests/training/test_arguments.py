@@ -161,7 +161,7 @@ def test_early_stopping_counts_on_after_a_resume(make):
 )
 def test_default_metric_is_the_first_sets_bits_per_byte(make, sets, expected):
     args, _ = make(EVALUATES, sets=sets)
-    assert args.metric_for_best_model == expected
+    assert args.metric_for_best_model == f"eval_{expected}"
     assert args.greater_is_better is False
 
 
@@ -170,7 +170,7 @@ def test_default_metric_is_the_first_sets_bits_per_byte(make, sets, expected):
 def test_direction_follows_the_metric(make, prefix, figure):
     metric = f"{prefix}domain_{figure}"
     args, _ = make({**EVALUATES, "metric_for_best_model": metric})
-    assert args.metric_for_best_model == metric
+    assert args.metric_for_best_model == f"eval_domain_{figure}"
     assert args.greater_is_better is (figure == "token_accuracy")
 
 

@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     corpus.write_text("\n\n\n".join(documents(20, seed=3)))
 
-    def launch(folder, processes, fault=None, early_stopping=NEVER_STOPS, **changes):
+    def launch(folder, processes, fault=None, early_stopping=NEVER_STOPS, resume="auto", **changes):
         batch = TRAINING["per_device_train_batch_size"] // processes
         recipe = {
             "task": "causal-lm",
@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
             },
             "training": {**TRAINING, "per_device_train_batch_size": batch, **changes},
             "evaluation": {"prompts": ["the kit"], "generation": {"max_new_tokens": 8}},
-            "run": {"early_stopping": early_stopping, "output_dir": str(folder / "run")},
+            "run": {"early_stopping": early_stopping, "output_dir": str(folder / "run"), "resume": resume},
             "tracking": {"wandb": {"mode": "offline"}},
         }  # fmt: skip
         path = folder / "recipe.yaml"
@@ -130,6 +130,20 @@ def test_resumed_run_equals_uninterrupted_one(finished, tmp_path, processes, fau
     assert launch(tmp_path, processes, **changes) == [0] * processes
     assert_equal_runs(tmp_path / "run", expected)
     assert_one_wandb_run(tmp_path / "run", expected)
+
+
+def test_preempted_fresh_start_goes_on_with_the_same_command(finished, tmp_path):
+    """`never` begins afresh once; the same command after a preemption must not begin again."""
+    launch, reference = finished
+    assert launch(tmp_path, 1) == [0]
+    assert launch(tmp_path, 1, Fault(STEP, 13, signal.SIGTERM), resume="never") == [143]
+    saved = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert launch(tmp_path, 1, Fault(STEP, 1), resume="never") == [-signal.SIGKILL]
+    assert sorted((tmp_path / "run/checkpoints").iterdir()) == saved
+    assert launch(tmp_path, 1, resume="never") == [0]
+    assert_equal_runs(tmp_path / "run", reference(1))
+    assert (tmp_path / "run.1/scorecard.json").is_file()
+    assert not (tmp_path / "run.2").exists()
 
 
 def assert_equal_runs(found, expected):

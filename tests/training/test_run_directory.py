@@ -131,6 +131,7 @@ def test_earlier_runs_are_kept_under_numbers(tmp_path):
         directory = RunDirectory(tmp_path / "run")
         directory.lock()
         directory.move_aside()
+        directory.start("task: causal-lm")
         (directory.path / "scorecard.json").write_text(text)
         directory.unlock()
     found = {path.parent.name: path.read_text() for path in tmp_path.glob("run*/scorecard.json")}

@@ -244,7 +244,7 @@ def test_checkpoint_of_another_model_is_refused(write_recipe, tmp_path, change, 
     tensors = load_file(checkpoint / "model.safetensors")
     change(tensors)
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    complete_checkpoint(checkpoint, 2, 1, {name: marker[name] for name in ("recipe", "data")})
+    complete_checkpoint(checkpoint, 2, 1, {name: marker[name] for name in ("recipe", "data", "model")})
     with pytest.raises(RuntimeError) as error:
         train(recipe, [])
     assert words in str(error.value)

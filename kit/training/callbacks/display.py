@@ -56,6 +56,13 @@ class Display(TrainerCallback):
     # A save takes time of its own just as an evaluation does.
     on_save = on_evaluate
 
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Tell of an early end, and of the model that is kept."""
+        if state.global_step < state.max_steps:
+            say(f"stopped early at step {state.global_step:,} of {state.max_steps:,}: no improvement any more")
+        if args.load_best_model_at_end and state.best_global_step:
+            say(f"keeping the model of step {state.best_global_step:,}, the best by {args.metric_for_best_model}")
+
     def close(self) -> None:
         """Remove the bar, however training ended."""
         if self.bar:
