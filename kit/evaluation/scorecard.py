@@ -28,7 +28,6 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
         old, new = scores["before"], scores["after"]
         bits, perplexity, accuracy = (new[key] - old[key] for key in ("bits_per_byte", "perplexity", "token_accuracy"))
         share = f" ({bits / old['bits_per_byte']:+.1%})" if old["bits_per_byte"] else ""
-        change = f"{bits:+.4f}{share}"
         size = [f"{new['documents']:,} documents", f"{new['bytes']:,} bytes"]
         rows += [
             [
