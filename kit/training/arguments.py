@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
+from kit.data.corpus import DEFAULT_SET
 from kit.errors import UserError, did_you_mean
 from kit.model.precision import has_accelerator, supports_bf16
 from kit.recipe.models import Recipe
@@ -91,7 +92,7 @@ def _best_model_metric(recipe: Recipe, task: ModuleType) -> dict[str, Any]:
     Raises:
         UserError: the recipe names one that no evaluation gives.
     """
-    sets = list(recipe.evaluation.sets) or ["domain"]
+    sets = list(recipe.evaluation.sets) or [DEFAULT_SET]
     metrics = [f"{name}_{figure}" for name in sets for figure in task.LOGGED_FIGURES]
     metric = recipe.training.get("metric_for_best_model")
     if metric is None:
