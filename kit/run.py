@@ -67,7 +67,7 @@ def train(recipe_path: str, overrides: list[str]) -> None:
         before = measure_before(run)
         with _tracker(run) as tracker:
             figures = run_training(run, tracker, preemption)
-            after = {"figures": figures or run.measure(), "samples": run.sample()}
+            after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
             scorecard = finish(run, before, after, tracker)
         print_scorecard(scorecard)
         say(f"model: {directory.model}    scorecard: {directory.scorecard}")
@@ -130,9 +130,7 @@ class Run:
         return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
 
     def sample(self) -> list[list[str]]:
-        """Return continuations of the recipe's prompts; on the main process only."""
-        if not is_main_process():
-            return []
+        """Return continuations of the recipe's prompts."""
         generation = self.recipe.evaluation.generation.model_dump()
         return continue_prompts(self.model, self.tokenizer, self.recipe.evaluation.prompts, **generation)
 
@@ -172,7 +170,9 @@ def measure_before(run: Run) -> dict[str, Any]:
     key = hash_values("before", _BEFORE_FORMAT, *derived_from)
     folder = Path(run.recipe.data.store_dir) / "before" / key
     if not from_main_process(lambda: read_seal(folder) is not None):
-        measured = {"figures": run.measure(), "samples": run.sample()}
+        # The prompts first: one that is too long should not be found after everything was measured.
+        samples = from_main_process(run.sample)
+        measured = {"figures": run.measure(), "samples": samples}
         if is_main_process():
             build_once(folder, lambda temporary: write_json(temporary / "before.json", measured))
         barrier()
