@@ -114,7 +114,6 @@ class RunDirectory:
         self.scorecard.unlink(missing_ok=True)
         for leftover in self.path.glob(".*.????????"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
-        write_text(self.recipe, recipe_text)
         earlier = self.read_manifest()
         self._facts = {
             "status": "running",
@@ -126,7 +125,9 @@ class RunDirectory:
             "git": git_state(),
             **facts,
         }
+        # The manifest first: without it a folder is not recognised as a run's.
         write_json(self.manifest, self._facts)
+        write_text(self.recipe, recipe_text)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest."""

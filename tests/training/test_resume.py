@@ -91,6 +91,7 @@ STOPPED_EARLY = {"early_stopping": {"patience": 1, "threshold": 10.0}}
 UNMEASURED = {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping": None}
 
 CASES = [
+    (1, Fault("kit.training.run_directory:write_text", 1, signal.SIGKILL), {}),
     (1, Fault(PREPARATION, 1, signal.SIGKILL), {}),
     (1, Fault(BEFORE, 1, signal.SIGTERM), {}),
     (1, Fault(STEP, 13, signal.SIGKILL), {}),
