@@ -79,9 +79,18 @@ generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
 bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
 	$(BIN)/python benchmarks/domain_control.py
 
+.PHONY: bench-data
+bench-data: $(INSTALLED)  ## Measure memory and speed of preparing a corpus
+	$(BIN)/python benchmarks/preparation.py $(ARGS)
+
 .PHONY: schema
 schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors
 	$(BIN)/kit schema --output recipes/recipe.schema.json
+
+.PHONY: docs
+docs: $(INSTALLED) schema  ## Write docs/recipes.md, the messages in docs/troubleshooting.md, and the schema
+	$(BIN)/kit schema --markdown --output docs/recipes.md
+	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py
 
 .PHONY: lint
 lint: $(INSTALLED)  ## Check style and formatting

@@ -1,6 +1,5 @@
 """The commands. Nothing heavy is imported until a command runs, so that `--help` answers at once."""
 
-import errno
 import os
 import sys
 import traceback
@@ -16,9 +15,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# A folder that cannot be written, a full disk: mended by the user, and clear without a traceback.
-_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
-
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's.")
@@ -26,11 +22,27 @@ Overrides = Annotated[
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the recipe, as `kit check` does.")] = False,
+) -> None:
     """Adapt a model, from raw text to scorecard; the same command goes on with an interrupted run."""
-    from kit import run
+    from kit import check, run
 
-    run.train(recipe, overrides or [])
+    (check.check if dry_run else run.train)(recipe, overrides or [])
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Also train two steps, evaluate, save and reload.")] = False,
+) -> None:
+    """Find everything that is wrong with a recipe, and show what it is going to do, without training."""
+    from kit.check import check as check_recipe
+
+    check_recipe(recipe, overrides or [], probe)
 
 
 @app.command()
@@ -87,20 +99,48 @@ def generate(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a run directory or a Hub model.")],
+    values: Annotated[str | None, typer.Option(metavar="NAME", help="Show the values of this tensor instead.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Print a row for every tensor, alike or not.")] = False,
+) -> None:
+    """Show a model's architecture, tensors and tokenizer; its weights are not loaded."""
+    from kit.model.inspection import inspect_model
+
+    inspect_model(model, revision=revision, values=values, show_all=show_all)
+
+
+@app.command()
 def schema(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Write to this file, not to the terminal.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference of all keys instead.")] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
     from kit.files import write_text
+    from kit.recipe.reference import reference_text
     from kit.recipe.schema import schema_text
 
-    text = schema_text()
+    text = reference_text() if markdown else schema_text()
     if output:
         write_text(output, text)
     else:
         sys.stdout.write(text)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one, such as lm_gpt2_full.")] = None,
+    copy: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Copy it, and what it extends, to start from; or a folder.")
+    ] = None,
+) -> None:
+    """List the recipes that come with the kit, print one, or copy one."""
+    from kit.recipe.shipped import show_recipes
+
+    typer.echo(show_recipes(name, copy), nl=False)
 
 
 @app.command()
@@ -152,11 +192,13 @@ def _run() -> int:
         if type(error).__name__ == "Preempted":
             _complain("preempted: the same command goes on from here")
             return 143
-        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename:
-            _complain(f"error: {error.filename}: {error.strerror}")
-            return 2
         if hasattr(error, "format_message"):
             error.show()
+            return 2
+        from kit.files import disk_fault  # imports numpy
+
+        if fault := disk_fault(error):
+            _complain(f"error: {fault}")
             return 2
         traceback.print_exc()
         return 1

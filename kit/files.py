@@ -1,10 +1,12 @@
 """Files that are either whole or absent: atomic writes, and folders that are built once however many ask for them."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,16 @@ from filelock import FileLock
 
 COMPLETE = "complete.json"
 _CHUNK = 1 << 22
+
+# A folder that cannot be written, a full disk: mended by the user, and clear without a traceback.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+# What the libraries that write weights, tokenizers and arrays say instead; torch and numpy do not tell the cause.
+_NO_ROOM_SAID = re.compile(r"No space left on device|Disk quota exceeded|File too large", re.IGNORECASE)
+_CUT_OFF_SAID = re.compile(
+    r"inline_container.*unexpected pos|basic_ios::clear: iostream error|PytorchStreamWriter failed"
+    r"|^\d+ requested and \d+ written$"
+)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -153,3 +165,46 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.parent.glob(f".{folder.name}.*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def disk_fault(error: BaseException, folders: Mapping[str, str | Path] | None = None) -> str | None:
+    """Return what on this machine's disks made a command fail, in words, or None where it was something else.
+
+    Args:
+        error: what was raised; safetensors, tokenizers, torch and numpy each have a kind of their own for a full disk.
+        folders: where the command writes, under the recipe's keys.
+    """
+    code, named = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if code in _NO_ACCESS and named:
+        return f"{_key_of(named, folders or {})}{named}: {error.strerror}"
+    reason = " ".join(str(error).split())
+    if code in _NO_ROOM:
+        reason = error.strerror
+    elif said := _NO_ROOM_SAID.search(reason):
+        reason = said[0]
+    elif _CUT_OFF_SAID.search(reason):
+        reason = "a file could not be written to its end"
+    else:
+        return None
+    what = f"{f'{named}: ' if named else ''}the disk is full ({reason})"
+    if not folders:
+        return f"{what}; make room on it, or name other folders (`run.output_dir`, `data.store_dir`, HF_HOME)"
+    left = ", ".join(f"{_free_space(folder)} for `{key}` ({folder})" for key, folder in folders.items())
+    return (
+        f"{what}; left once what did not fit is removed: {left}. Make room and start the same command again, which "
+        f"goes on from the last checkpoint, or name folders on another disk with `run.output_dir=…` and "
+        f"`data.store_dir=…`"
+    )
+
+
+def _key_of(path: str | Path, folders: Mapping[str, str | Path]) -> str:
+    inside = (key for key, folder in folders.items() if Path(path).absolute().is_relative_to(Path(folder).absolute()))
+    return next((f"{key}: " for key in inside), "")
+
+
+def _free_space(folder: str | Path) -> str:
+    try:
+        existing = next(f for f in (Path(folder), *Path(folder).absolute().parents) if f.exists())
+        return f"{shutil.disk_usage(existing).free / 2**20:,.1f} MiB"
+    except OSError:
+        return "unknown space"

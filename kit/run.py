@@ -9,26 +9,35 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from kit.console import is_main_process, quiet_libraries, say
-from kit.data.corpus import Corpus, sources_key
+from kit.data.corpus import Corpus
 from kit.data.ledger import check_dropped, ledger_as_json, print_ledger
 from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
-from kit.files import build_once, hash_values, read_json, read_seal, write_json
+from kit.files import build_once, disk_fault, hash_values, read_json, read_seal, write_json
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import describe_special_tokens, tokenizer_key
-from kit.recipe.loading import differing_keys, dump_recipe, load_recipe, recipe_fingerprint
-from kit.recipe.models import Recipe, RunSection
+from kit.recipe.loading import dump_recipe, load_recipe, recipe_fingerprint
+from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
 from kit.tracking import WandbTracker
 from kit.training.arguments import make_training_arguments
 from kit.training.callbacks.display import Display
 from kit.training.callbacks.metrics_log import MetricsLog
-from kit.training.checkpoints import checkpoints_newest_first, choose_checkpoint, discard_after
+from kit.training.checkpoints import choose_checkpoint, discard_after
+from kit.training.earlier_run import check_same_recipe, effective_resume, inputs_key, is_finished
+from kit.training.memory import out_of_memory_explained
+from kit.training.plan import plan_steps
 from kit.training.preemption import Preempted, Preemption
 from kit.training.run_directory import RunDirectory, read_status
 from kit.training.topology import barrier, check_topology, describe, from_main_process, local_main_process_first
@@ -46,14 +55,14 @@ def train(recipe_path: str, overrides: list[str]) -> None:
         Preempted: SIGTERM; the same command goes on from what was saved.
     """
     quiet_libraries()
-    recipe = _resolve(recipe_path, overrides)
+    recipe = resolve_recipe(recipe_path, overrides)
     directory = RunDirectory(recipe.run.output_dir)
-    with _attempt(directory) as preemption:
+    with _attempt(directory, recipe) as preemption:
         args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
         check_topology(args)
         asked = recipe
-        recipe = asked.model_copy(update={"run": from_main_process(lambda: _effective_resume(asked, directory))})
-        if from_main_process(lambda: _is_finished(recipe, directory, args.seed)):
+        recipe = asked.model_copy(update={"run": from_main_process(lambda: effective_resume(asked, directory))})
+        if from_main_process(lambda: is_finished(recipe, directory, args.seed)):
             print_scorecard(read_json(directory.scorecard))
             say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
             return
@@ -61,14 +70,14 @@ def train(recipe_path: str, overrides: list[str]) -> None:
         facts = {"topology": describe(args), "precision": precision, "resume": asked.run.resume, "inputs": inputs}
         directory.start(dump_recipe(asked), **facts)
         say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
-
-        run = prepare_run(recipe, args, directory)
-        directory.note(data=run.corpus.key, model=run.model_key, parameters=run.model.num_parameters())
-        before = measure_before(run)
-        with _tracker(run) as tracker:
-            figures = run_training(run, tracker, preemption)
-            after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
-            scorecard = finish(run, before, after, tracker)
+        with out_of_memory_explained(recipe, args, directory):
+            run = prepare_run(recipe, args, directory)
+            directory.note(data=run.corpus.key, model=run.model_key, parameters=run.model.num_parameters())
+            before = measure_before(run)
+            with _tracker(run) as tracker:
+                figures = run_training(run, tracker, preemption)
+                after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
+                scorecard = finish(run, before, after, tracker)
         print_scorecard(scorecard)
         say(f"model: {directory.model}    scorecard: {directory.scorecard}")
 
@@ -76,13 +85,14 @@ def train(recipe_path: str, overrides: list[str]) -> None:
 def prepare(recipe_path: str, overrides: list[str]) -> None:
     """Do all of a run that needs no training: tokenizer, token stores, ledger, the scorecard's "before"."""
     quiet_libraries()
-    recipe = _resolve(recipe_path, overrides)
+    recipe = resolve_recipe(recipe_path, overrides)
     directory = RunDirectory(recipe.run.output_dir)
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
     with _holding(directory):
-        from_main_process(lambda: _check_same_recipe(recipe, directory))
-        before = measure_before(prepare_run(recipe, args, directory))
+        from_main_process(lambda: check_same_recipe(recipe, directory))
+        with out_of_memory_explained(recipe, args):
+            before = measure_before(prepare_run(recipe, args, directory))
     print_figures("Before training", before["figures"])
 
 
@@ -100,10 +110,11 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
     recipe = load_recipe(recipe_path, [*overrides, *(_instead_of_its_model(model) if model else [])])
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
-    run = prepare_run(recipe, args, None)
+    with out_of_memory_explained(recipe, args):
+        run = prepare_run(recipe, args, None, measures_only=True)
+        figures = run.measure()
     if not run.corpus.sets:
         raise UserError(f"{recipe_path}: nothing to evaluate: give `data.validation` or `evaluation.sets`")
-    figures = run.measure()
     print_figures(recipe.model.name_or_path or "fresh model", figures)
     if output and is_main_process():
         write_json(output, {"task": recipe.task, "model": recipe.model.name_or_path, "sets": figures})
@@ -135,8 +146,16 @@ class Run:
         return continue_prompts(self.model, self.tokenizer, self.recipe.evaluation.prompts, **generation)
 
 
-def prepare_run(recipe: Recipe, args: TrainingArguments, directory: RunDirectory | None) -> Run:
+def prepare_run(
+    recipe: Recipe, args: TrainingArguments, directory: RunDirectory | None, measures_only: bool = False
+) -> Run:
     """Make tokenizer, token stores, rows, ledger and model; the first process of each machine builds what is missing.
+
+    Args:
+        recipe: the recipe.
+        args: its training arguments.
+        directory: where the ledger is written; nowhere where None.
+        measures_only: nothing is going to be trained, so that the training data need not suffice for it.
 
     Raises:
         UserError: data or model cannot be used, or more tokens would be dropped than the recipe allows.
@@ -149,12 +168,13 @@ def prepare_run(recipe: Recipe, args: TrainingArguments, directory: RunDirectory
         return tokenizer, task.prepare_examples(recipe, tokenizer, args.seed)
 
     tokenizer, corpus = local_main_process_first(prepare_data)
-    if directory:
+    if not measures_only:
         describe_special_tokens(tokenizer)
         print_ledger(corpus.ledger)
-        if is_main_process():
+        if directory and is_main_process():
             write_json(directory.ledger, ledger_as_json(corpus.ledger))
         check_dropped(corpus.ledger, recipe.data.max_dropped)
+        plan_steps(len(corpus.rows), args)
     model = task.load_model(recipe, tokenizer, args.seed).to(args.device)
     # Hashing the weights of a large model takes a while: once is enough.
     key = from_main_process(lambda: model_key(recipe.model, args.seed))
@@ -179,8 +199,16 @@ def measure_before(run: Run) -> dict[str, Any]:
     return read_json(folder / "before.json")
 
 
-def run_training(run: Run, tracker: WandbTracker | None, preemption: Preemption) -> dict[str, Figures] | None:
+def run_training(
+    run: Run, tracker: WandbTracker | None, preemption: Preemption, *watchers: TrainerCallback
+) -> dict[str, Figures] | None:
     """Train the run's model in place, from the checkpoint that `run.resume` chooses.
+
+    Args:
+        run: what was prepared.
+        tracker: of the W&B run, if there is one.
+        preemption: where a SIGTERM is noticed.
+        watchers: callbacks beside the kit's own.
 
     Returns:
         The figures of the trained model, if the last evaluation on the way measured it.
@@ -189,7 +217,7 @@ def run_training(run: Run, tracker: WandbTracker | None, preemption: Preemption)
     fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key, "model": run.model_key}
     checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
     say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
-    callbacks = [MetricsLog(directory.metrics)]
+    callbacks = [MetricsLog(directory.metrics), *watchers]
     if recipe.run.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.run.early_stopping.patience, recipe.run.early_stopping.threshold))
     if tracker:
@@ -244,11 +272,11 @@ def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: Wan
 
 def status(recipe_path: str, overrides: list[str]) -> tuple[str, str]:
     """Return the run directory of a recipe and how its run stands."""
-    folder = _resolve(recipe_path, overrides).run.output_dir
+    folder = resolve_recipe(recipe_path, overrides).run.output_dir
     return folder, read_status(folder)
 
 
-def _resolve(recipe_path: str, overrides: list[str]) -> Recipe:
+def resolve_recipe(recipe_path: str, overrides: list[str]) -> Recipe:
     """Load a recipe and settle the folder of its run, which by default is named after the file."""
     recipe = load_recipe(recipe_path, overrides)
     folder = recipe.run.output_dir or f"runs/{Path(recipe_path).stem}"
@@ -269,7 +297,7 @@ def _holding(directory: RunDirectory) -> Iterator[Preemption]:
 
 
 @contextmanager
-def _attempt(directory: RunDirectory) -> Iterator[Preemption]:
+def _attempt(directory: RunDirectory, recipe: Recipe) -> Iterator[Preemption]:
     """Hold the run directory, and record in its manifest how the attempt ended."""
     with _holding(directory) as preemption:
         outcome = {"status": "failed"}
@@ -283,6 +311,10 @@ def _attempt(directory: RunDirectory) -> Iterator[Preemption]:
             outcome = {"status": "preempted"}
             raise
         except (Exception, KeyboardInterrupt) as error:
+            folders = {"run.output_dir": directory.path, "data.store_dir": recipe.data.store_dir}
+            if fault := disk_fault(error, folders):
+                outcome = {"status": "user-error", "message": fault}
+                raise UserError(fault) from error
             outcome["message"] = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -306,55 +338,6 @@ def _tracker(run: Run) -> Iterator[WandbTracker | None]:
         tracker.finish(exit_code)
 
 
-def inputs_key(recipe: Recipe, seed: int) -> str:
-    """Return a hash of the content of everything that a recipe reads: text and weights."""
-    return hash_values(sources_key(recipe.data, recipe.evaluation.sets), model_key(recipe.model, seed))
-
-
-def _effective_resume(recipe: Recipe, directory: RunDirectory) -> RunSection:
-    """Return the recipe's `run` section, with `auto` for a start with `never` or from a path that was cut off.
-
-    The same command has to go on after a preemption, not to begin once more.
-    """
-    earlier = directory.read_manifest()
-    cut_off = earlier.get("status") in ("preempted", "running") and earlier.get("resume") == recipe.run.resume
-    return recipe.run.model_copy(update={"resume": "auto"}) if cut_off else recipe.run
-
-
-def _is_finished(recipe: Recipe, directory: RunDirectory, seed: int) -> bool:
-    """Tell whether this very recipe's run has ended here.
-
-    Raises:
-        UserError: the folder holds the run of another recipe, or this recipe's on other data or weights.
-    """
-    if recipe.run.resume == "never":
-        directory.move_aside()
-        return False
-    _check_same_recipe(recipe, directory)
-    if not directory.is_finished() or recipe.run.resume not in ("auto", "must"):
-        return False
-    if directory.read_manifest().get("inputs") != inputs_key(recipe, seed):
-        raise UserError(
-            f"{directory.path}: is finished, but data or base model have changed since; run afresh with "
-            f"`run.resume=never`, which keeps the old run aside, or choose another folder with `run.output_dir=…`"
-        )
-    return True
-
-
-def _check_same_recipe(recipe: Recipe, directory: RunDirectory) -> None:
-    """Keep runs of different recipes apart."""
-    has_run = directory.is_finished() or checkpoints_newest_first(directory.checkpoints)
-    if not has_run or not directory.recipe.is_file():
-        return
-    if differences := differing_keys(load_recipe(directory.recipe), recipe):
-        listed = "\n".join(f"  {difference}" for difference in differences)
-        raise UserError(
-            f"{directory.path}: holds a run of another recipe, which this one cannot go on with:\n{listed}\n"
-            f"choose another folder with `run.output_dir=…`, or run afresh with `run.resume=never`, which keeps the "
-            f"old one aside"
-        )
-
-
 def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
     checkpoints = run.directory.checkpoints
     checkpoint = choose_checkpoint(run.recipe.run.resume, checkpoints, run.args.world_size, fingerprints)
@@ -365,5 +348,12 @@ def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
 def _instead_of_its_model(path: str) -> list[str]:
     """Return the overrides that put another model, with its own tokenizer, in the place of a recipe's."""
     quoted = "'" + path.replace("'", "''") + "'"
-    others = ("from_config=null", "tokenizer=null", "config={}", "revision=null", "trust_remote_code=false")
+    others = (
+        "from_config=null",
+        "tokenizer=null",
+        "eos_token=null",
+        "config={}",
+        "revision=null",
+        "trust_remote_code=false",
+    )
     return [f"model.name_or_path={quoted}", *(f"model.{other}" for other in others)]

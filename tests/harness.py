@@ -27,15 +27,16 @@ class Fault:
     rank: int = 0
 
 
-def run_kit(arguments, processes=1, fault=None, change=None, timeout=240):
+def run_kit(arguments, processes=1, fault=None, change=None, timeout=240, output=None):
     """Run `kit` with `arguments` in one or several processes; return the exit code of each, -9 for SIGKILL.
 
     As under a launcher, the other processes are killed once one has failed. `change` is called in each process before
-    the command; it must be a function of a module, and is how a test breaks the kit on purpose.
+    the command; it must be a function of a module, and is how a test breaks the kit on purpose. What all of them
+    print is appended to the file `output`, if there is one.
     """
     port = _free_port()
     children = [
-        _context.Process(target=_main, args=([str(a) for a in arguments], rank, processes, port, fault, change))
+        _context.Process(target=_main, args=([str(a) for a in arguments], rank, processes, port, fault, change, output))
         for rank in range(processes)
     ]
     for child in children:
@@ -55,7 +56,12 @@ def run_kit(arguments, processes=1, fault=None, change=None, timeout=240):
     return [child.exitcode for child in children]
 
 
-def _main(arguments, rank, processes, port, fault, change):
+def _main(arguments, rank, processes, port, fault, change, output):
+    if output:
+        # Not `capfd`: what the server of forks has for its output is what the first test that used it had.
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     if processes > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.cli import app
-from kit.recipe import models
+from kit.recipe import data, models
 
 KIT = Path(__file__).parents[1] / "kit"
 FILES = sorted(KIT.rglob("*.py"))
@@ -15,11 +15,13 @@ FILES = sorted(KIT.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["console", "files"],
+    ["network"],
     ["recipe"],
     ["data", "model", "evaluation", "tracking"],
     ["tasks"],
     ["training"],
     ["run", "generate", "environment"],
+    ["check"],
     ["cli"],
     ["__main__"],
 ]
@@ -78,23 +80,44 @@ def test_files_and_functions_are_short():
 
 def test_commands_change_deliberately():
     assert {command.callback.__name__ for command in app.registered_commands} == {
-        "train", "prepare", "evaluate", "generate", "schema", "env", "status",
+        "train", "check", "prepare", "evaluate", "generate", "inspect", "schema", "recipes", "env", "status",
     }  # fmt: skip
 
 
 def test_recipe_keys_change_deliberately():
+    source = (
+        "path dataset config split revision builtin packages format encoding sample_by separator delimiter quoting "
+        "column_names text_column template on_bad_text min_characters max_characters max_documents max_tokens"
+    )
     sections = {
-        "Recipe": "task model data training evaluation run tracking",
-        "ModelSection": "name_or_path revision from_config tokenizer config dtype attn_implementation "
-        "trust_remote_code",
-        "DataSection": "train validation block_size packing max_dropped store_dir",
-        "Source": "path builtin packages format sample_by separator text_column",
-        "EvaluationSection": "sets prompts generation",
-        "RunSection": "output_dir resume early_stopping",
-        "WandbSection": "project entity group tags mode",
+        models: {
+            "Recipe": "task model data training evaluation run tracking",
+            "ModelSection": "name_or_path revision from_config tokenizer eos_token config dtype attn_implementation "
+            "trust_remote_code",
+            "TrainedTokenizer": "vocab_size",
+            "EvaluationSection": "sets prompts generation",
+            "EvaluationSet": f"{source} fraction seed",
+            "Generation": "max_new_tokens do_sample top_k temperature seed",
+            "RunSection": "output_dir resume early_stopping",
+            "EarlyStopping": "patience threshold",
+            "TrackingSection": "wandb",
+            "WandbSection": "project entity group tags mode",
+        },
+        data: {
+            "DataSection": "train validation replay exact_duplicates near_duplicates evaluation_overlap block_size "
+            "packing max_dropped num_proc store_dir",
+            "Source": source,
+            "TrainSource": f"{source} weight",
+            "ValidationFraction": "fraction seed",
+            "Replay": "sources share",
+            "NearDuplicates": "threshold ngram",
+            "EvaluationOverlap": "ngram min_shared",
+        },
     }
-    for name, keys in sections.items():
-        assert list(getattr(models, name).model_fields) == keys.split()
+    for module, expected in sections.items():
+        defined = {name: kind for name, kind in vars(module).items() if getattr(kind, "model_fields", None)}
+        own = {name: kind for name, kind in defined.items() if kind.__module__ == module.__name__}
+        assert {name: " ".join(kind.model_fields) for name, kind in own.items()} == expected
 
 
 def test_what_the_help_shows_imports_nothing_heavy():

@@ -7,50 +7,174 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from kit import run
-from kit.recipe.loading import load_recipe
-from kit.training.arguments import make_training_arguments
+from kit.recipe.loading import dump_recipe, load_recipe
+from tests.material import documents
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = {path.relative_to(ROOT / "recipes").as_posix(): path for path in sorted((ROOT / "recipes").rglob("*.yaml"))}
 LAUNCH_FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+GPT2 = ("gpt2", {"n_positions": 1024})
+# What stands in for a recipe's model: its architecture, with as many positions as its rows need.
+STAND_INS = {
+    "openai-community/gpt2": GPT2,
+    "openai-community/gpt2-medium": GPT2,
+    "openai-community/gpt2-large": GPT2,
+    "openai-community/gpt2-xl": GPT2,
+    "distilbert/distilgpt2": GPT2,
+    "runs/lm_gpt2_pretrain/model": ("gpt2", {"n_positions": 256}),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", {"max_position_embeddings": 1024}),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", {"max_position_embeddings": 1024}),
+}
+# The fresh model of a `from_config` has no path to put another in the place of: only its sizes change.
+SIZES = {
+    "model.from_config.n_layer": 2,
+    "model.from_config.n_head": 2,
+    "model.from_config.n_embd": 32,
+    "model.tokenizer.vocab_size": 320,
+}
 
 
 def test_the_sweep_sees_every_file():
-    assert [path.stem for path in RECIPES] == ["lm_gpt2_adapt", "lm_gpt2_control", "lm_gpt2_pretrain"]
+    assert list(RECIPES) == [
+        "offline/lm_gpt2_adapt.yaml",
+        "offline/lm_gpt2_control.yaml",
+        "offline/lm_gpt2_pretrain.yaml",
+        "text/lm_distilgpt2_full.yaml",
+        "text/lm_gpt2-large_checkpointing.yaml",
+        "text/lm_gpt2-medium_checkpointing.yaml",
+        "text/lm_gpt2-xl_checkpointing.yaml",
+        "text/lm_gpt2_full.yaml",
+        "text/lm_gpt2_scratch.yaml",
+        "text/lm_qwen3_full.yaml",
+        "text/lm_smollm2_full.yaml",
+    ]
     assert [path.stem for path in LAUNCH_FILES] == ["cpu_2proc"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_trains_and_every_key_reaches_trainer(path, tmp_path, tiny_models):
-    overrides = [
-        "training.max_steps=2",
-        "training.per_device_train_batch_size=2",
-        f"run.output_dir={tmp_path / 'run'}",
-        f"data.store_dir={tmp_path / 'store'}",
-        "evaluation.generation.max_new_tokens=4",
-        # Reading torch-sized documentation takes longer than a test should; this package's is small.
-        "data.train=[{builtin: docstrings, packages: [accelerate]}]",
-    ]
-    recipe = load_recipe(path)
-    if recipe.model.name_or_path:
-        overrides.append(f"model.name_or_path={tiny_models(n_positions=256)}")
-    for name, wanted in recipe.evaluation.sets.items():
-        if wanted.builtin:
-            overrides.append(f"evaluation.sets.{name}={{builtin: docstrings, packages: [filelock], max_documents: 4}}")
-    run.train(str(path), overrides)
-    args, _ = make_training_arguments(recipe, run.TASKS[recipe.task], tmp_path)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkeypatch):
+    recipe = load_recipe(RECIPES[name])
+    overrides = {
+        **model_overrides(recipe, tiny_models),
+        **data_overrides(recipe, tmp_path),
+        "data.store_dir": tmp_path / "store",
+        "run.output_dir": tmp_path / "run",
+    }
+    overrides["training.max_steps"] = 1 if recipe.training.get("gradient_accumulation_steps", 1) > 32 else 2
+    if "num_train_epochs" in recipe.training:
+        overrides["training.num_train_epochs"] = "null"
+    trainers = []
+
+    class Trainer(run.KitTrainer):
+        def train(self, *args, **kwargs):
+            trainers.append(self)
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(run, "KitTrainer", Trainer)
+    run.train(str(RECIPES[name]), [f"{key}={value}" for key, value in overrides.items()])
+
+    [trainer] = trainers
+    assert (tmp_path / "run/scorecard.json").is_file()
+    assert trainer.model.is_gradient_checkpointing == bool(recipe.training.get("activation_checkpointing"))
     for key, value in recipe.training.items():
-        assert getattr(args, key) == value, key
+        if f"training.{key}" not in overrides:
+            assert getattr(trainer.args, key) == value, key
+    written, arrived = flat(dump_recipe(recipe)), flat((tmp_path / "run/recipe.yaml").read_text())
+    replaced = {key for key in [*written, *arrived] if any(f"{key}.".startswith(f"{name}.") for name in overrides)}
+    assert {key: arrived.get(key) for key in written if key not in replaced} == {
+        key: value for key, value in written.items() if key not in replaced
+    }
+    assert set(arrived) - replaced == set(written) - replaced
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_points_at_the_schema_and_says_what_it_is(path):
+def model_overrides(recipe, tiny_models):
+    if recipe.model.from_config:
+        return SIZES
+    architecture, sizes = STAND_INS[recipe.model.name_or_path]
+    return {"model.name_or_path": tiny_models(architecture, **sizes)}
+
+
+def data_overrides(recipe, folder):
+    """Return the overrides that put a few documents in the place of files, and one small package in that of corpora.
+
+    Reading documentation as large as torch's takes longer than a test should.
+    """
+    overrides = {}
+
+    rows = recipe.training["per_device_train_batch_size"] * recipe.training.get("gradient_accumulation_steps", 1)
+
+    def stand_in(key, source, seed, number):
+        if source.path:
+            path = folder / source.path
+            path.write_text("\n".join(documents(number, seed=seed)), encoding="utf-8")
+            overrides[f"{key}.path"] = path
+        else:
+            overrides.update({f"{key}.builtin": "docstrings", f"{key}.packages": "[accelerate]"})
+
+    for i, source in enumerate(recipe.data.train):
+        stand_in(f"data.train.{i}", source, seed=i, number=12 * rows)  # a document has some sixty tokens
+    for i, source in enumerate(recipe.data.validation if isinstance(recipe.data.validation, tuple) else ()):
+        stand_in(f"data.validation.{i}", source, seed=100 + i, number=20)
+    for i, (name, wanted) in enumerate(recipe.evaluation.sets.items()):
+        if wanted.split is None:
+            stand_in(f"evaluation.sets.{name}", wanted, seed=200 + i, number=20)
+    return overrides
+
+
+def flat(text):
+    """Return `{dotted key: value}` of a recipe's text."""
+
+    def visit(value, prefix):
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        if not value or not isinstance(value, (dict, list)):
+            return {prefix: value}
+        return {key: v for name, child in entries for key, v in visit(child, f"{prefix}.{name}".lstrip(".")).items()}
+
+    return visit(yaml.safe_load(text), "")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_points_at_the_schema_and_says_what_it_is(name):
+    path = RECIPES[name]
     first, *rest = path.read_text().splitlines()
     target = first.removeprefix("# yaml-language-server: $schema=")
     assert (path.parent / target).resolve() == ROOT / "recipes/recipe.schema.json"
     header = [line for line in rest if line.startswith("#")]
     assert any("Needs:" in line for line in header)
-    assert any("Launch:" in line for line in header)
+    [launch] = [line for line in header if "Launch:" in line]
+    if "make train" in launch:
+        assert launch.endswith(f"make train RECIPE=recipes/{name}")
+    assert max(map(len, rest)) <= 120
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("text/")])
+def test_overrides_in_the_header_and_sections_in_comments_are_valid(name):
+    text = RECIPES[name].read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("# Override:")]
+    overrides = line.partition('ARGS="')[2].removesuffix('"').split()
+    assert overrides
+    load_recipe(RECIPES[name], overrides)
+
+
+def test_commented_sections_are_valid(tmp_path):
+    text = RECIPES["text/lm_gpt2_full.yaml"].read_text()
+    for line in ("# tracking:", "#   wandb: ", "    # general: "):
+        assert text.count(line) == 1
+        text = text.replace(line, line.replace("# ", "", 1).replace("#   ", "  ", 1))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    recipe = load_recipe(path)
+    assert recipe.tracking.wandb.project == "my-domain"
+    assert set(recipe.evaluation.sets) == {"domain", "general"}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("text/")])
+def test_steps_of_the_fine_tuning_recipes_have_equally_many_tokens(name):
+    recipe = load_recipe(RECIPES[name])
+    training = recipe.training
+    tokens = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * recipe.data.block_size
+    assert tokens == (131_072 if "scratch" in name else 16_384)
 
 
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda p: p.stem)

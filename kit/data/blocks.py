@@ -65,38 +65,58 @@ class TrainPart:
 
 
 def select_blocks(
-    num_tokens: Sequence[int], weights: Sequence[float | None], block_size: int, seed: int
+    num_tokens: Sequence[int],
+    weights: Sequence[float | None],
+    block_size: int,
+    seed: int,
+    replay: tuple[Sequence[int], float] = ((), 0.0),
 ) -> list[np.ndarray]:
     """Choose the blocks of each source that make one epoch.
 
     Sources without a weight are read once. A source with weight w gets the share w of the epoch's tokens, to the
-    nearest block: the first blocks of a seeded shuffle of its own, after all of them as often as it takes.
+    nearest block: the first blocks of a seeded shuffle of its own, after all of them as often as it takes. The sources
+    of replay get their share together, to the nearest block, and divide it by their size.
 
     Args:
         num_tokens: tokens of each source.
-        weights: share of each, None for the sources that divide the rest; shares add up to less than 1, or, where
-            every source has one, to 1.
+        weights: share of each, None for the sources that divide the rest; shares, that of replay included, add up to
+            less than 1, or, where every source has one, to 1.
         block_size: pairs per block.
         seed: of the shuffle.
+        replay: tokens of each source of replay, and the share of all of them.
 
     Returns:
-        For each source int64 (blocks of an epoch,).
+        For each source, then for each source of replay, int64 (blocks of an epoch,).
     """
+    replayed, share = replay
     free = sum(tokens for tokens, weight in zip(num_tokens, weights, strict=True) if weight is None)
-    weighted = sum(weight for weight in weights if weight is not None)
-    total = free / (1 - weighted) if free else sum(num_tokens)
+    weighted = sum(weight for weight in weights if weight is not None) + share
+    total = free / (1 - weighted) if free else sum(num_tokens) + sum(replayed)
     chosen = []
     for index, (tokens, weight) in enumerate(zip(num_tokens, weights, strict=True)):
         order = np.arange(-(-tokens // block_size))
         if weight is not None:
-            order = np.random.default_rng([seed, index]).permutation(order)
-            # Counted in tokens: a small source repeats its part-filled last block with all the others.
-            repeats, rest = divmod(total * weight, tokens)
-            sums = np.concatenate([[0], np.cumsum(np.minimum(block_size, tokens - order * block_size))])
-            count = int(np.abs(sums - rest).argmin())
-            order = np.concatenate([np.tile(order, int(repeats)), order[: count if repeats else max(1, count)]])
-        chosen.append(order.astype(np.int64))
+            order, _ = _draw_blocks(tokens, total * weight, block_size, [seed, index], least=1)
+        chosen.append(order)
+    due = 0.0
+    for index, tokens in enumerate(replayed, start=len(num_tokens)):
+        # What rounding to blocks leaves over or takes too much passes on to the next source.
+        due += total * share * tokens / sum(replayed)
+        order, drawn = _draw_blocks(tokens, due, block_size, [seed, index], least=0)
+        due -= drawn
+        chosen.append(order)
     return chosen
+
+
+def _draw_blocks(tokens: int, wanted: float, block_size: int, seed: list[int], least: int) -> tuple[np.ndarray, int]:
+    """Return the blocks of a source that hold nearest to `wanted` tokens, but at least `least`, and their tokens."""
+    order = np.random.default_rng(seed).permutation(-(-tokens // block_size)).astype(np.int64)
+    sums = np.concatenate([[0], np.cumsum(np.minimum(block_size, tokens - order * block_size))])
+    # Counted in tokens: a small source repeats its part-filled last block with all the others.
+    repeats, rest = divmod(max(0.0, wanted), tokens)
+    count = int(np.abs(sums - rest).argmin())
+    count = count if repeats else max(least, count)
+    return np.concatenate([np.tile(order, int(repeats)), order[:count]]), int(repeats) * tokens + int(sums[count])
 
 
 class TokenRows(Dataset):
@@ -166,7 +186,7 @@ def _single_rows(part: TrainPart) -> np.ndarray:
     pieces = np.stack([cuts[:-1], cuts[1:]], axis=1)
     first = np.searchsorted(pieces[:, 0], part.blocks * part.block_size, side="left")
     last = np.searchsorted(pieces[:, 0], (part.blocks + 1) * part.block_size, side="left")
-    return np.concatenate([pieces[a:b] for a, b in zip(first, last, strict=True)])
+    return np.concatenate([pieces[:0], *(pieces[a:b] for a, b in zip(first, last, strict=True))])
 
 
 class CollateRows:

@@ -1,6 +1,7 @@
 """From the recipe's `data` section to rows of training tokens, evaluation documents and the token ledger."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,15 +9,20 @@ import numpy as np
 
 from kit.console import warn
 from kit.data.blocks import CollateRows, TokenRows, TrainPart, select_blocks
-from kit.data.ledger import LedgerRow, account
-from kit.data.sources import read_documents, source_fingerprint
-from kit.data.splits import also_in, choose_documents, held_out
-from kit.data.store import Encode, TokenStore, open_store
+from kit.data.cleaning import ALSO_EVALUATED, Cleaned, Documents, clean
+from kit.data.columns import LeftOut
+from kit.data.ledger import LedgerRow, account, enter_shares
+from kit.data.sources import hash_text, read_documents, source_fingerprint
+from kit.data.splits import choose_documents, held_out
+from kit.data.store import TokenStore, open_store
+from kit.data.tokenising import Encode
 from kit.errors import UserError
 from kit.files import hash_array, hash_values
-from kit.recipe.models import DataSection, EvaluationSet, Source, ValidationFraction
+from kit.recipe.data import DataSection, Source, ValidationFraction
+from kit.recipe.models import EvaluationSet
 
 DEFAULT_SET = "domain"
+_LITTLE_TEXT = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class TokenCoding:
 
     Attributes:
         key: hash of the tokenizer.
-        encode: texts to token ids, without special tokens of its own accord.
+        encode: texts to token ids, without special tokens of its own accord; can be pickled.
+        decode: the token ids of a document to its text.
         vocab_size: number of token ids.
         eos_token_id: written after each document.
         context_token_id: stands before each document, never scored: BOS, else EOS.
@@ -34,6 +41,7 @@ class TokenCoding:
 
     key: str
     encode: Encode
+    decode: Callable[[Sequence[int]], str]
     vocab_size: int
     eos_token_id: int
     context_token_id: int
@@ -67,6 +75,14 @@ class EvaluationDocuments:
         """Tokens of each document, EOS included: int64 (documents,)."""
         return np.concatenate([store.offsets[d + 1] - store.offsets[d] for store, d in self.stores])
 
+    def first(self, documents: int) -> "EvaluationDocuments":
+        """Return the set's first documents alone."""
+        stores, left = [], documents
+        for store, chosen in self.stores:
+            stores.append((store, chosen[:left]))
+            left -= len(stores[-1][1])
+        return EvaluationDocuments(self.name, tuple(stores))
+
     def tokens(self, index: int, start: int, end: int) -> np.ndarray:
         """Return tokens `start` to `end` of one document, whose last token is EOS: int64 (end - start,)."""
         for store, documents in self.stores:
@@ -85,7 +101,7 @@ class Corpus:
         rows: the training rows of one epoch.
         collate: makes a batch of rows.
         sets: the evaluation sets by name.
-        ledger: the account of every training source.
+        ledger: the account of every training source, those of replay last.
         key: hash of all of it.
     """
 
@@ -97,40 +113,43 @@ class Corpus:
 
 
 def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: TokenCoding, seed: int) -> Corpus:
-    """Tokenise all sources (or find them tokenised), split them, and lay out the rows of an epoch.
+    """Tokenise all sources (or find them tokenised), split and clean them, and lay out the rows of an epoch.
 
     Raises:
         UserError: a source cannot be read or a split is empty.
     """
-    stores = [_open(data, source, coding) for source in data.train]
-    splits = [_split(data.validation, store) for store in stores]
-    for store, (_, held) in zip(stores, splits, strict=True):
-        if isinstance(data.validation, ValidationFraction) and not len(held):
-            warn(
-                f"data source `{store.name}`: none of its {store.num_documents:,} documents is held out for validation"
-            )
-    evaluation = _evaluation_sets(data, sets, coding, stores, splits)
-    # A document that is measured on must not be trained on, wherever else it occurs: measurements would flatter.
-    measured = [s.hashes for name, s in evaluation.items() if (sets.get(name) is None or sets[name].split != "train")]
-    kept = [docs[~also_in(store.hashes[docs], measured)] for store, (docs, _) in zip(stores, splits, strict=True)]
-    read = [_count_tokens(store, docs) for store, (docs, _) in zip(stores, splits, strict=True)]
-    for store, documents in zip(stores, kept, strict=True):
-        if not len(documents):
-            raise UserError(
-                f"data source `{store.name}`: no document of its {store.num_documents:,} is left for training once "
-                f"validation and evaluation sets have theirs"
-            )
-    blocks = select_blocks(
-        [_count_tokens(store, docs) for store, docs in zip(stores, kept, strict=True)],
-        [source.weight for source in data.train],
-        data.block_size,
-        seed,
-    )
-    parts = [TrainPart(s, d, b, data.block_size) for s, d, b in zip(stores, kept, blocks, strict=True)]
-    ledger = [
-        account(part, data.packing, len(train), tokens, len(held))
-        for part, (train, held), tokens in zip(parts, splits, read, strict=True)
+    replay = data.replay.sources if data.replay else ()
+    stores = [_open(data, source, coding) for source in (*data.train, *replay)]
+    # Replay is held out only where it is measured on.
+    splits_replay = any(wanted.data_split == "replay" for wanted in sets.values())
+    splits = [
+        _split(data.validation if index < len(data.train) or splits_replay else None, store)
+        for index, store in enumerate(stores)
     ]
+    if not sets and data.validation is not None:
+        sets = {DEFAULT_SET: EvaluationSet(split="validation")}
+    held = [(store, out) for store, (_, out) in zip(stores, splits, strict=True)]
+    of_splits = {"validation": held[: len(data.train)], "replay": held[len(data.train) :]}
+    evaluation = {
+        name: _evaluation_set(name, wanted, data, coding, of_splits)
+        for name, wanted in sets.items()
+        if wanted.data_split != "train"
+    }
+    training = [(store, train) for store, (train, _) in zip(stores, splits, strict=True)]
+    cleaned = clean(training, {name: documents.stores for name, documents in evaluation.items()}, data, coding.decode)
+    for source in cleaned:
+        _check_left(source)
+    of_splits["train"] = [(source.store, source.documents) for source in cleaned[: len(data.train)]]
+    evaluation = {
+        name: evaluation.get(name) or _evaluation_set(name, wanted, data, coding, of_splits)
+        for name, wanted in sets.items()
+    }
+    parts = _mix(data, cleaned, seed)
+    ledger = [
+        account(part, data.packing, source, train, len(out))
+        for part, source, (train, out) in zip(parts, cleaned, splits, strict=True)
+    ]
+    enter_shares(ledger, [source.weight for source in data.train], data.replay.share if data.replay else None)
     return Corpus(
         rows=TokenRows(parts, data.packing, coding.context_token_id, coding.pad_token_id),
         collate=CollateRows(data.packing, coding.pad_token_id),
@@ -145,26 +164,70 @@ def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: T
     )
 
 
+def _mix(data: DataSection, cleaned: list[Cleaned], seed: int) -> list[TrainPart]:
+    """Choose the blocks of each source that make an epoch."""
+    domain, replay = cleaned[: len(data.train)], cleaned[len(data.train) :]
+    num_bytes = sum(int(source.store.num_bytes[source.documents].sum()) for source in domain)
+    if num_bytes < _LITTLE_TEXT:
+        warn(f"the training text has {num_bytes:,} bytes; below {_LITTLE_TEXT:,} a model learns it by heart")
+    blocks = select_blocks(
+        [source.store.count_tokens(source.documents) for source in domain],
+        [source.weight for source in data.train],
+        data.block_size,
+        seed,
+        replay=(
+            [source.store.count_tokens(source.documents) for source in replay],
+            data.replay.share if data.replay else 0.0,
+        ),
+    )
+    return [TrainPart(c.store, c.documents, b, data.block_size) for c, b in zip(cleaned, blocks, strict=True)]
+
+
+def _check_left(source: Cleaned) -> None:
+    """Check that a source has documents left to train on.
+
+    Raises:
+        UserError: it has not; why, is told by cause.
+    """
+    if len(source.documents):
+        return
+    name, dropped = source.store.name, source.dropped
+    if set(dropped) == {ALSO_EVALUATED}:
+        sets = sorted({name for example in source.examples[ALSO_EVALUATED] for name in example["sets"]})
+        raise UserError(
+            f"data source `{name}`: all of its {len(dropped[ALSO_EVALUATED]):,} training documents are also in the "
+            f"evaluation set `{sets[0]}`; measure on other documents, or hold some out with `data.validation: "
+            f"{{fraction: …}}`"
+        )
+    causes = [f"{cause}: {len(documents):,}" for cause, documents in dropped.items()]
+    if held := source.store.num_documents - sum(map(len, dropped.values())):
+        causes.insert(0, f"held out: {held:,}")
+    raise UserError(
+        f"data source `{name}`: none of its {source.store.num_documents:,} documents is left for training "
+        f"({'; '.join(causes)})"
+    )
+
+
 def training_documents(data: DataSection) -> Iterator[str]:
     """Yield the texts of the training split, for whatever has to be learned from them before tokens exist."""
-    import xxhash
-
     for source in data.train:
         for text in read_documents(source):
-            digest = np.array([xxhash.xxh3_64_intdigest(text.encode("utf-8", errors="surrogatepass"))], dtype=np.uint64)
             validation = data.validation
-            if (
-                not isinstance(validation, ValidationFraction)
-                or not held_out(digest, validation.fraction, validation.seed).any()
-            ):
-                yield text
+            if isinstance(text, LeftOut):
+                continue
+            if isinstance(validation, ValidationFraction):
+                digest = np.array([hash_text(text)], dtype=np.uint64)
+                if held_out(digest, validation.fraction, validation.seed).any():
+                    continue
+            yield text
 
 
 def sources_key(data: DataSection, sets: Mapping[str, EvaluationSet]) -> str:
     """Return a hash of the content of every source that is trained or measured on."""
     validation = data.validation if isinstance(data.validation, tuple) else ()
-    own = [wanted for wanted in sets.values() if wanted.split is None]
-    return hash_values([source_fingerprint(source) for source in (*data.train, *validation, *own)])
+    replay = data.replay.sources if data.replay else ()
+    own = [wanted for wanted in sets.values() if wanted.data_split is None]
+    return hash_values([source_fingerprint(source) for source in (*data.train, *replay, *validation, *own)])
 
 
 def training_documents_key(data: DataSection) -> str:
@@ -184,50 +247,52 @@ def _open(data: DataSection, source: Source, coding: TokenCoding) -> TokenStore:
         coding.encode,
         coding.eos_token_id,
         coding.vocab_size,
+        source.max_tokens,
+        data.num_proc or len(os.sched_getaffinity(0)),
     )
 
 
 def _split(
     validation: ValidationFraction | tuple[Source, ...] | None, store: TokenStore
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the documents of a source that train and those that are held out."""
+    """Return the documents of a source that train and those that are held out.
+
+    Raises:
+        UserError: the source is a single document.
+    """
     everything = np.arange(store.num_documents)
     if not isinstance(validation, ValidationFraction):
         return everything, everything[:0]
+    if len(everything) == 1:
+        raise UserError(
+            f"data source `{store.name}`: is one document, of which no fraction can be held out; cut it into documents "
+            f"with `sample_by` or `separator`, or give `data.validation` files of its own"
+        )
     out = held_out(store.hashes, validation.fraction, validation.seed)
+    if not out.any():
+        warn(f"data source `{store.name}`: none of its {len(everything):,} documents is held out for validation")
     return everything[~out], everything[out]
 
 
-def _evaluation_sets(
-    data: DataSection,
-    sets: Mapping[str, EvaluationSet],
-    coding: TokenCoding,
-    stores: list[TokenStore],
-    splits: list[tuple[np.ndarray, np.ndarray]],
-) -> dict[str, EvaluationDocuments]:
-    if not sets and data.validation is not None:
-        sets = {DEFAULT_SET: EvaluationSet(split="validation")}
-    result = {}
-    for name, wanted in sets.items():
-        if wanted.split == "train":
-            pairs = [(store, train) for store, (train, _) in zip(stores, splits, strict=True)]
-        elif wanted.split == "validation" and isinstance(data.validation, ValidationFraction):
-            pairs = [(store, held) for store, (_, held) in zip(stores, splits, strict=True)]
-        else:
-            sources = data.validation if wanted.split == "validation" else (wanted,)
-            opened = [_open(data, source, coding) for source in sources]
-            pairs = [(store, _documents_of(wanted, store)) for store in opened]
-        chosen = _choose(pairs, wanted.max_documents)
-        if not sum(len(documents) for _, documents in chosen):
-            total = sum(store.num_documents for store in (stores if wanted.split else opened))
-            what = f"the split `{wanted.split}`" if wanted.split else f"the fraction {wanted.fraction}"
-            what += f" of {total:,} documents"
-            raise UserError(
-                f"evaluation set `{name}` is empty: {what} holds no document. Cut "
-                f"the sources into more documents (`sample_by`, `separator`), or give `data.validation` its own files"
-            )
-        result[name] = EvaluationDocuments(name, tuple(chosen))
-    return result
+def _evaluation_set(
+    name: str, wanted: EvaluationSet, data: DataSection, coding: TokenCoding, of_splits: Mapping[str, Documents]
+) -> EvaluationDocuments:
+    """Return the documents of an evaluation set: of a split, or of sources of its own."""
+    split = wanted.data_split
+    if split and not (split == "validation" and isinstance(data.validation, tuple)):
+        pairs = of_splits[split]
+    else:
+        opened = [_open(data, source, coding) for source in (data.validation if split else (wanted,))]
+        pairs = [(store, _documents_of(wanted, store)) for store in opened]
+    chosen = _choose(pairs, wanted.max_documents)
+    if not sum(len(documents) for _, documents in chosen):
+        what = f"the split `{split}`" if split else f"the fraction {wanted.fraction}"
+        what += f" of {sum(store.num_documents for store, _ in pairs):,} documents"
+        raise UserError(
+            f"evaluation set `{name}` is empty: {what} holds no document. Cut "
+            f"the sources into more documents (`sample_by`, `separator`), or give `data.validation` its own files"
+        )
+    return EvaluationDocuments(name, tuple(chosen))
 
 
 def _documents_of(wanted: EvaluationSet, store: TokenStore) -> np.ndarray:
@@ -236,7 +301,7 @@ def _documents_of(wanted: EvaluationSet, store: TokenStore) -> np.ndarray:
     return everything if wanted.fraction is None else everything[held_out(store.hashes, wanted.fraction, wanted.seed)]
 
 
-def _choose(pairs: list[tuple[TokenStore, np.ndarray]], most: int | None) -> list[tuple[TokenStore, np.ndarray]]:
+def _choose(pairs: Documents, most: int | None) -> Documents:
     """Take at most `most` documents over all stores, by their hash."""
     if most is None:
         return pairs
@@ -248,7 +313,3 @@ def _choose(pairs: list[tuple[TokenStore, np.ndarray]], most: int | None) -> lis
         result.append((store, documents[inside]))
         start += len(documents)
     return result
-
-
-def _count_tokens(store: TokenStore, documents: np.ndarray) -> int:
-    return int((store.offsets[documents + 1] - store.offsets[documents]).sum())

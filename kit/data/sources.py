@@ -1,156 +1,220 @@
-"""Documents from files: text and JSONL, read as streams so that memory does not grow with the corpus."""
+"""Documents from a source, whatever its kind, read as a stream so that memory does not grow with the corpus."""
 
 import glob
-import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from kit.data import builtin
-from kit.errors import UserError, did_you_mean
-from kit.files import hash_file, hash_values
-from kit.recipe.models import Source
+import numpy as np
+import xxhash
 
-_JSONL_SUFFIXES = {".jsonl", ".ndjson"}
-_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
-_READ_CHARACTERS = 1 << 20
+from kit.console import warn
+from kit.data import builtin, datasets_library, readers
+from kit.data.columns import LeftOut, TextOfRow, bad_text
+from kit.data.splits import choose_documents, held_out
+from kit.errors import UserError, did_you_mean
+from kit.files import hash_values
+from kit.recipe.data import Source
+
+EMPTY = "empty"
+SHORT = "shorter than min_characters"
+LONG = "longer than max_characters"
+
+# Of these a source's documents are made; where it lies and what share it has make no difference.
+_CONTENT_KEYS = [name for name in Source.model_fields if name not in ("path", "dataset", "revision", "max_tokens")]
+_OF_TEXT = {"encoding", "sample_by", "separator"}
+_OF_ROWS = {"text_column", "template"}
+_OF_FIELDS = {"encoding", "delimiter", "quoting", "column_names"}
+_KEYS_OF_FORMAT = {
+    "text": _OF_TEXT,
+    "jsonl": _OF_ROWS | {"encoding"},
+    "csv": _OF_ROWS | _OF_FIELDS,
+    "tsv": _OF_ROWS | _OF_FIELDS,
+    "parquet": _OF_ROWS,
+}
+
+
+def read_documents(source: Source) -> Iterator[str | LeftOut]:
+    """Yield the documents of a source in a stable order, verbatim but for the line breaks around them.
+
+    What the source's filters leave out is yielded as `LeftOut`, so that whoever stores the documents counts it.
+
+    Raises:
+        UserError: the source cannot be read, or has changed while it was.
+    """
+    before = _file_states(source)
+    if source.max_documents is None:
+        yield from _documents(source)
+    elif source.dataset:
+        yield from _first_documents(source)
+    else:
+        yield from _chosen_documents(source)
+    if _file_states(source) != before:
+        raise UserError(f"data source `{source.name}`: changed while it was read; start again once it is at rest")
+
+
+def hash_text(text: str) -> int:
+    """Return the 64-bit xxHash of a text, by which documents are split, chosen and compared."""
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def source_fingerprint(source: Source) -> str:
+    """Return a hash of the source's content and of how it is made into documents, not of where it lies."""
+    settings = {name: getattr(source, name) for name in _CONTENT_KEYS}
+    # An evaluation set chooses among those that it holds out.
+    settings["chosen_from"] = _fraction(source) if source.max_documents else None
+    if source.builtin:
+        content = builtin.corpus_fingerprint(source.builtin, source.packages)
+    elif source.dataset:
+        content = datasets_library.dataset_fingerprint(source)
+    else:
+        content = [(_format(source, path), readers.hash_content(path)) for path in resolve_files(source)]
+    return hash_values(settings, content)
 
 
 def resolve_files(source: Source) -> list[Path]:
     """Return the files that `source.path` names, sorted; a pattern or a file that matches nothing is an error."""
-    if Path(source.path).is_file():
-        return [Path(source.path)]  # the name may hold `[` or `*`
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return [path]  # the name may hold `[` or `*`
     # A set: where a pattern holds `**` twice, glob finds a file more than once.
-    matches = sorted({Path(p) for p in glob.glob(source.path, recursive=True) if Path(p).is_file()})
+    matches = sorted({Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()})
     if not matches:
-        kind = "pattern matches no file" if glob.has_magic(source.path) else _why_missing(Path(source.path))
-        raise UserError(f"data source `{source.path}`: {kind} (resolved to {Path(source.path).absolute()})")
+        kind = "pattern matches no file" if glob.has_magic(source.path) else _why_missing(path)
+        raise UserError(f"data source `{source.path}`: {kind} (resolved to {path.absolute()})")
     return matches
 
 
 def _why_missing(path: Path) -> str:
     if path.is_dir():
-        return "is a folder; name the files in it, such as `" + str(path / "*.txt") + "`"
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        instead = f"name it as `dataset: {path}`" if saved else f"name the files in it, such as `{path / '*.txt'}`"
+        return f"is a folder; {instead}"
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     return "no such file" + did_you_mean(path.name, siblings)
 
 
-def source_fingerprint(source: Source) -> str:
-    """Return a hash of the source's content and of how it is cut into documents, not of where it lies."""
-    if source.builtin:
-        return builtin.corpus_fingerprint(source.builtin, source.packages)
-    cut = [_format(source, path) for path in resolve_files(source)]
-    return hash_values(
-        [hash_file(path) for path in resolve_files(source)], cut, source.sample_by, source.separator, source.text_column
-    )
-
-
-def read_documents(source: Source) -> Iterator[str]:
-    """Yield the documents of a source in a stable order, verbatim but for the line breaks around them.
-
-    Empty documents are yielded too: whoever stores the documents counts them.
-    """
-    if source.builtin:
-        yield from builtin.read_corpus(source.builtin, source.packages)
-        return
-    for path in resolve_files(source):
-        if _format(source, path) == "jsonl":
-            yield from _read_jsonl(path, source.text_column)
-        elif source.separator is not None:
-            # The file is read with its line breaks as `\n`, whichever they are; so is the separator.
-            separator = source.separator.replace("\r\n", "\n").replace("\r", "\n")
-            yield from _split_stream(path, re.compile(re.escape(separator)))
-        elif source.sample_by == "paragraph":
-            yield from _split_stream(path, _BLANK_LINES)
-        elif source.sample_by == "line":
-            yield from (line.rstrip("\r\n") for line in _lines(path))
-        else:
-            yield _read_text(path).strip("\r\n")
-
-
 def _format(source: Source, path: Path) -> str:
-    return source.format or ("jsonl" if path.suffix in _JSONL_SUFFIXES else "text")
+    format = source.format or readers.format_of(path)
+    every_key = set().union(*_KEYS_OF_FORMAT.values())
+    if ignored := sorted((every_key - _KEYS_OF_FORMAT[format]) & source.written()):
+        raise UserError(
+            f"data source `{source.path}`: `{ignored[0]}` says nothing about {path.name}, which is {format} "
+            f"(`format` says otherwise)"
+        )
+    return format
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+def _file_states(source: Source) -> list[tuple[int, int]]:
+    files = resolve_files(source) if source.path else datasets_library.local_files(source) if source.dataset else []
+    states = [path.stat() for path in files]
+    return [(state.st_size, state.st_mtime_ns) for state in states]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from file
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from None
+def _first_documents(source: Source) -> Iterator[str | LeftOut]:
+    """Yield the first `max_documents` documents, of those that an evaluation set holds out; no more is read."""
+    left, fraction = source.max_documents, _fraction(source)
+    for document in _documents(source):
+        if isinstance(document, LeftOut):
+            yield document
+        elif not fraction or held_out(np.array([hash_text(document)], dtype=np.uint64), *fraction).any():
+            yield document
+            left -= 1
+            if not left:
+                return
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
-    # The decoder of a stream counts from its own buffer, so the place is found again in the raw file.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as exact:
-            byte = line[exact.start]
-            return UserError(
-                f"{path}:{number}: byte 0x{byte:02x} is not UTF-8; convert the file first, for example with "
-                f"`iconv -f latin1 -t utf-8`"
-            )
-    return UserError(f"{path}: is not UTF-8 ({error.reason})")
+def _chosen_documents(source: Source) -> Iterator[str | LeftOut]:
+    """Yield `max_documents` different documents, chosen by their hash; the others are read, but go no further."""
+    hashes = np.unique(np.fromiter((hash_text(d) for d in _documents(source) if isinstance(d, str)), dtype=np.uint64))
+    if _fraction(source):
+        hashes = hashes[held_out(hashes, *_fraction(source))]
+    wanted = set(hashes[choose_documents(hashes, np.arange(len(hashes)), source.max_documents)].tolist())
+    for document in _documents(source):
+        if isinstance(document, LeftOut):
+            yield document
+        elif (digest := hash_text(document)) in wanted:
+            wanted.remove(digest)
+            yield document
 
 
-def _split_stream(path: Path, separator: re.Pattern) -> Iterator[str]:
-    """Yield the pieces of a file between matches of `separator`, holding one piece and one read in memory."""
-    rest = ""
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            while chunk := file.read(_READ_CHARACTERS):
-                rest += chunk
-                pieces = _complete_pieces(rest, separator)
-                if pieces:
-                    # The last match may grow with the next read (blank lines follow blank lines): keep it.
-                    rest = rest[pieces[-1][1] :]
-                    yield from (text for text, _ in pieces)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from None
-    if rest:
-        yield from (piece.strip("\r\n") for piece in separator.split(rest))
+def _fraction(source: Source) -> tuple[float, int] | None:
+    fraction = getattr(source, "fraction", None)
+    return (fraction, source.seed) if fraction is not None else None
 
 
-def _complete_pieces(text: str, separator: re.Pattern) -> list[tuple[str, int]]:
-    """Return (piece, start of what follows it) for each piece of `text` whose separator has certainly ended."""
-    pieces, start = [], 0
-    # Blanks at the end may be the beginning of one more blank line.
-    certain = len(text.rstrip())
-    for match in separator.finditer(text):
-        if match.end() >= certain:
-            break
-        pieces.append((text[start : match.start()].strip("\r\n"), match.end()))
-        start = match.end()
-    return pieces
+def _documents(source: Source) -> Iterator[str | LeftOut]:
+    skip = source.on_bad_text == "skip"
+    for where, text in _texts(source):
+        if isinstance(text, LeftOut):
+            yield text
+        elif not text.strip():
+            yield LeftOut(EMPTY, where)
+        elif len(text) < source.min_characters:
+            yield LeftOut(SHORT, where)
+        elif source.max_characters is not None and len(text) > source.max_characters:
+            yield LeftOut(LONG, where)
+        elif len(text) > readers.LONGEST_DOCUMENT:
+            yield bad_text(where, f"the text has more than {readers.LONGEST_DOCUMENT:,} characters", skip)
+        elif "\0" in text:
+            yield bad_text(where, "the text holds a NUL character; is it a binary file, or another encoding?", skip)
+        else:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = ascii(text[error.start])[1:-1]
+                yield bad_text(where, f"the text holds {half}, half of a surrogate pair", skip)
+            else:
+                yield text
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg} at character {error.pos + 1}") from None
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-            raise UserError(f"{path}:{number}: cannot be read as JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: found {type(row).__name__}; expected an object with a field `{column}`")
-        if column not in row:
-            raise UserError(f"{path}:{number}: no field `{column}`{did_you_mean(column, row)} (`text_column` names it)")
-        if not isinstance(row[column], str):
-            raise UserError(f"{path}:{number}: field `{column}` holds {type(row[column]).__name__}; expected text")
-        try:
-            row[column].encode()
-        except UnicodeEncodeError as error:
-            half = ascii(row[column][error.start])[1:-1]
-            raise UserError(f"{path}:{number}: field `{column}` holds {half}, half of a surrogate pair") from None
-        yield row[column]
+def _texts(source: Source) -> Iterator[tuple[str, str | LeftOut]]:
+    """Yield (where, text) of every document, before any filter."""
+    if source.builtin:
+        for number, text in enumerate(builtin.read_corpus(source.builtin, source.packages), start=1):
+            yield f"{source.name}, document {number}", text
+    elif source.dataset:
+        dataset, columns = datasets_library.open_dataset(source)
+        text_of_row = TextOfRow(source, columns, f"data source `{source.name}`")
+        yield from _texts_of_rows(datasets_library.read_rows(source, dataset, text_of_row.columns), text_of_row)
+    else:
+        for path in resolve_files(source):
+            yield from _texts_of_file(source, path)
+
+
+def _texts_of_file(source: Source, path: Path) -> Iterator[tuple[str, str | LeftOut]]:
+    format, encoding = _format(source, path), source.encoding
+    if format == "text" and source.format is None and readers.holds_json_lines(path, encoding):
+        warn(f"{path} looks like JSON lines but is read as text; `format: jsonl` reads a column of it")
+    if format == "text" and source.separator is not None:
+        # The file is read with its line breaks as `\n`, whichever they are; so is the separator.
+        separator = source.separator.replace("\r\n", "\n").replace("\r", "\n")
+        yield from readers.read_pieces(path, encoding, re.compile(re.escape(separator)))
+    elif format == "text":
+        yield from {
+            "line": readers.read_lines,
+            "paragraph": lambda *a: readers.read_pieces(*a, readers.BLANK_LINES),
+            "document": readers.read_whole,
+        }[source.sample_by](path, encoding)
+    elif format == "parquet":
+        text_of_row = TextOfRow(source, readers.parquet_columns(path), str(path))
+        yield from _texts_of_rows(readers.read_parquet(path, text_of_row.columns), text_of_row)
+    else:
+        if format == "jsonl":
+            rows = readers.read_jsonl(path, encoding)
+        else:
+            rows = readers.read_csv(path, encoding, format, source.delimiter, source.quoting, source.column_names)
+        first = list(islice(rows, 1))
+        if first:
+            where, row = first[0]
+            # What is null in the first row may hold text in the others.
+            columns = {name: value is None or isinstance(value, str) for name, value in row.items()}
+            text_of_row = TextOfRow(source, columns, where)
+            yield from _texts_of_rows(iter(first), text_of_row)
+            yield from _texts_of_rows(rows, text_of_row)
+
+
+def _texts_of_rows(rows: readers.Rows, text_of_row: TextOfRow) -> Iterator[tuple[str, str | LeftOut]]:
+    for where, row in rows:
+        yield where, text_of_row(where, row)

@@ -39,38 +39,62 @@ def continue_prompts(
         temperature: divisor of the logits.
 
     Raises:
-        UserError: several greedy continuations are asked for, a prompt is as long as `max_length` or longer, or its
-            continuation exceeds the model's positions.
+        UserError: several greedy continuations are asked for, or a prompt leaves no room for one.
     """
     if num_return_sequences > 1 and not do_sample:
-        raise UserError(
-            f"num_return_sequences: found {num_return_sequences}, but without sampling there is only one continuation"
-        )
+        raise UserError(f"num_return_sequences: found {num_return_sequences}; without sampling there is only one")
     was_training = model.training
-    model.eval()
-    sampling = {"do_sample": True, "top_k": top_k, "temperature": temperature} if do_sample else {"do_sample": False}
+    sampling = {"top_k": top_k, "temperature": temperature} if do_sample else {}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     results = []
+    model.eval()
     try:
         for prompt in prompts:
             inputs = _encode(tokenizer, prompt).to(model.device)
             new_tokens = _count_new_tokens(model, inputs.shape[1], max_new_tokens, max_length)
-            devices = [model.device] if model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 output = model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
                     num_return_sequences=num_return_sequences,
-                    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                    eos_token_id=_ends(model, tokenizer),
+                    pad_token_id=pad,
                     use_cache=True,
                     # Not `max_length`: a `max_new_tokens` in the model's own generation settings would win over it.
                     max_new_tokens=new_tokens,
+                    do_sample=do_sample,
                     **sampling,
                 )
             results.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in output])
     finally:
         model.train(was_training)
     return results
+
+
+def check_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    **others: Any,
+) -> None:
+    """Check that prompts and their continuations have room, as `continue_prompts` does, without continuing any.
+
+    Raises:
+        UserError: one has not.
+    """
+    for prompt in prompts:
+        _count_new_tokens(model, _encode(tokenizer, prompt).shape[1], max_new_tokens, max_length)
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of the model, which may have others for a turn."""
+    of_model = model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({number for number in (tokenizer.eos_token_id, *of_model) if number is not None})
 
 
 def _count_new_tokens(model: PreTrainedModel, prompt: int, max_new_tokens: int | None, max_length: int | None) -> int:

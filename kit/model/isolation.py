@@ -14,7 +14,7 @@ def check_isolation(model: PreTrainedModel, vocab_size: int) -> None:
     must be equal but for rounding. Several architectures ignore restarting positions (OPT, BLOOM).
 
     Raises:
-        UserError: the logits differ.
+        UserError: the logits differ, or are not finite.
     """
     half = 8
     device = next(model.parameters()).device
@@ -34,6 +34,8 @@ def check_isolation(model: PreTrainedModel, vocab_size: int) -> None:
         logits = None  # a forward without `position_ids`
     finally:
         model.train(was_training)
+    if logits is not None and not all(part.isfinite().all() for part in logits):
+        raise UserError(f"{type(model).__name__} gives logits that are not finite: its weights hold NaN or infinity")
     # A mixture of experts batches tokens by expert, which alone changes rounding; a leak is orders of magnitude larger.
     if logits is None or (logits[0] - logits[1]).abs().max() > 1e-5 * logits[0].abs().max():
         raise UserError(

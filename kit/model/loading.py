@@ -1,9 +1,12 @@
 """The model: pretrained, from the Hub or a folder, or fresh from a configuration."""
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -16,14 +19,15 @@ from transformers import (
     set_seed,
 )
 
-from kit.console import warn
+from kit.console import say, warn
 from kit.errors import UserError, did_you_mean
 from kit.files import hash_file, hash_values
-from kit.model.hub import from_hub
+from kit.model.hub import check_weights, expand, from_hub
 from kit.recipe.models import ModelSection
 
 _CONFIGURATIONS = {"config.json", "generation_config.json"}
-_WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+# Most `config.json` on the Hub have these; transformers 5 moves what it knows of them into `rope_parameters`.
+_FORMER_ROPE_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
 
 
 def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -32,29 +36,34 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
     Raises:
         UserError: it cannot be loaded, is no causal LM, or its weights are incomplete.
     """
-    dtype = getattr(torch, section.dtype)
-    options = {"dtype": dtype, "attn_implementation": section.attn_implementation}
+    options = {"dtype": getattr(torch, section.dtype)}
     if section.from_config is not None:
         # The seed alone decides a fresh model's weights, whatever drew random numbers before.
         set_seed(seed)
         config = _fresh_config(section.from_config, tokenizer)
+        options["attn_implementation"] = _attention(section, config)
         try:
             return AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:  # each architecture fails in its own way on sizes that do not go together
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"model.from_config: no model can be built from it: {reason}") from error
-    name = section.name_or_path
-    config = _override(load_config(section), section.config, "model.config")
-    check_config(config, name, block_size=1)
-    with from_hub("model.name_or_path", name):
+    name = expand(section.name_or_path)
+    config = check_pretrained(section, block_size=1)
+    options["attn_implementation"] = _attention(section, config)
+    # On the Hub a bot offers conversions of pickled weights, which transformers would take from its branch: a commit
+    # other than the one that was asked for, which nobody has looked at.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    with from_hub("model.name_or_path", name, section.revision, "model.safetensors") as hub_options:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             config=config,
+            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
+            **hub_options,
         )
     _check_complete(name, info)
     return model
@@ -62,10 +71,26 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """Load the configuration of a pretrained model as it is stored."""
-    with from_hub("model.name_or_path", section.name_or_path):
+    name = expand(section.name_or_path)
+    with from_hub("model.name_or_path", name, section.revision) as options:
         return AutoConfig.from_pretrained(
-            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            name, revision=section.revision, trust_remote_code=section.trust_remote_code, **options
         )
+
+
+def check_pretrained(section: ModelSection, block_size: int) -> PreTrainedConfig:
+    """Check of a pretrained model what can be told without loading it, and return its configuration as overridden.
+
+    Raises:
+        UserError: it is not to be found, is no causal LM, has fewer positions than a block, cannot use the attention
+            kernel that the recipe names, or its weights are pickled, missing or cut off.
+    """
+    config = _override(load_config(section), section.config, "model.config")
+    check_config(config, section.name_or_path, block_size)
+    _check_sdpa(section, config)
+    if Path(name := expand(section.name_or_path)).is_dir():
+        check_weights("model.name_or_path", name)
+    return config
 
 
 def model_key(section: ModelSection, seed: int) -> str:
@@ -74,9 +99,10 @@ def model_key(section: ModelSection, seed: int) -> str:
     if section.from_config is not None:
         # The tokenizer gives the size of the vocabulary and the special ids where the configuration does not.
         return hash_values("fresh", section.from_config, str(section.tokenizer), seed, torch.__version__, settings)
-    folder = Path(section.name_or_path)
+    folder = Path(expand(section.name_or_path))
     if folder.is_dir():
-        files = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES or p.name in _CONFIGURATIONS)
+        suffixes = {".safetensors", ".py"} if section.trust_remote_code else {".safetensors"}
+        files = sorted(p for p in folder.iterdir() if p.suffix in suffixes or p.name in _CONFIGURATIONS)
         return hash_values([(p.name, hash_file(p)) for p in files], settings)
     commit = getattr(load_config(section), "_commit_hash", None)
     return hash_values(section.name_or_path, commit or section.revision, settings)
@@ -90,13 +116,32 @@ def check_alignment(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             positions.
     """
     rows = model.get_input_embeddings().weight.shape[0]
+    _check_ids(tokenizer, rows, model.config.name_or_path)
+    _check_positions(model.config, block_size)
+
+
+def check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check by its configuration alone that a model has an embedding for each id, before anything is tokenised.
+
+    Raises:
+        UserError: the tokenizer belongs to another model.
+    """
+    if section.from_config is not None:
+        rows = section.from_config.get("vocab_size")
+    else:
+        rows = getattr(load_config(section).get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        _check_ids(tokenizer, rows, section.name_or_path)
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str | None) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
+        model = f"the model `{name}`" if name else "the fresh model"
         raise UserError(
-            f"the tokenizer's largest id is {largest:,}, but the model has {rows:,} embeddings: "
+            f"the tokenizer ({tokenizer.name_or_path}) has ids up to {largest:,}, but {model} has {rows:,} embeddings: "
             f"this tokenizer belongs to another model"
         )
-    _check_positions(model.config, block_size)
 
 
 def check_config(config: PreTrainedConfig, name: str, block_size: int) -> None:
@@ -113,6 +158,35 @@ def check_config(config: PreTrainedConfig, name: str, block_size: int) -> None:
     _check_positions(config, block_size)
 
 
+def _attention(section: ModelSection, config: PreTrainedConfig) -> str | None:
+    """Return the attention kernel to ask for; where None, transformers takes the best that the architecture has.
+
+    Gemma 2 caps attention scores inside the softmax's argument, which SDPA's fused kernels cannot do: depending on its
+    version transformers falls back, fails in the first forward pass, or leaves the cap out without a word.
+    """
+    _check_sdpa(section, config)
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if section.attn_implementation is None and cap is not None:
+        say(f"attention: eager, since SDPA cannot cap attention scores (attn_logit_softcapping: {cap:g})")
+        return "eager"
+    return section.attn_implementation
+
+
+def _check_sdpa(section: ModelSection, config: PreTrainedConfig) -> None:
+    """Refuse SDPA for a model that it would compute wrongly, or not at all."""
+    if section.attn_implementation != "sdpa":
+        return
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if cap is not None:
+        reason = f"cannot cap attention scores, as this `{config.model_type}` does (attn_logit_softcapping: {cap:g})"
+    elif architecture is not None and not getattr(architecture, "_supports_sdpa", True):
+        reason = f"does not work with `{config.model_type}` in transformers {transformers.__version__}"
+    else:
+        return
+    raise UserError(f"model.attn_implementation: sdpa {reason}; leave the key out, or set it to `eager`")
+
+
 def _check_positions(config: PreTrainedConfig, block_size: int) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and block_size > positions:
@@ -122,7 +196,9 @@ def _check_positions(config: PreTrainedConfig, block_size: int) -> None:
 
 
 def _fresh_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    values = dict(values)
+    values = copy.deepcopy(
+        values
+    )  # transformers completes `rope_parameters` in place, and the recipe is a key to stores
     model_type = str(values.pop("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UserError(
@@ -131,14 +207,20 @@ def _fresh_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     not_causal = UserError(f"model.from_config.model_type: `{model_type}` has no causal language model")
     if type(CONFIG_MAPPING[model_type]()) not in AutoModelForCausalLM._model_mapping:
         raise not_causal
-    values.setdefault("vocab_size", len(tokenizer))
+    values.setdefault("vocab_size", max(tokenizer.get_vocab().values()) + 1)  # some vocabularies skip ids
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values.setdefault(name, getattr(tokenizer, name))
-    _override(CONFIG_MAPPING[model_type](), values, "model.from_config")
+    class_default = CONFIG_MAPPING[model_type]()
+    former = _FORMER_ROPE_NAMES & values.keys() if hasattr(class_default, "rope_parameters") else set()
+    present = {name: value for name, value in values.items() if name not in former}
+    _override(class_default, present, "model.from_config")
     try:
         config = AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.from_config: {' '.join(str(error).split())}") from error
+    for name in former:
+        if name in vars(config):  # taken as an attribute that nothing reads, not as a former name
+            raise UserError(f"model.from_config.{name}: `{model_type}` has no such attribute; see `rope_parameters`")
     if not _is_causal_lm(config):
         raise not_causal
     return config
@@ -151,7 +233,7 @@ def _override(config: PreTrainedConfig, values: dict[str, Any], key: str) -> Pre
         if name not in known:
             raise UserError(f"{key}.{name}: `{config.model_type}` has no such attribute{did_you_mean(name, known)}")
         try:
-            setattr(config, name, value)
+            setattr(config, name, copy.deepcopy(value))
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise UserError(f"{key}.{name}: {' '.join(str(error).split())}") from error
     return config

@@ -22,20 +22,23 @@ def saved_model_difference(model: PreTrainedModel, folder: str | Path) -> float:
     Raises:
         RuntimeError: they differ at all; a tied head or a resized matrix was not saved as it is.
     """
-    reloaded = AutoModelForCausalLM.from_pretrained(
+    # Code that came with the model is not fetched and run anew: its class is here.
+    loader = type(model) if getattr(model.config, "auto_map", None) else AutoModelForCausalLM
+    reloaded = loader.from_pretrained(
         folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
     ).to(model.device)
     reloaded.eval()
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    positions = min(64, getattr(config, "max_position_embeddings", None) or 64)
+    input_ids = torch.randint(config.vocab_size, (2, positions), generator=generator).to(model.device)
     was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(0)
-    positions = min(64, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 64)
-    input_ids = torch.randint(model.config.get_text_config().vocab_size, (2, positions), generator=generator)
-    input_ids = input_ids.to(model.device)
-    difference = (
-        (model(input_ids, use_cache=False).logits - reloaded(input_ids, use_cache=False).logits).abs().max().item()
-    )
-    model.train(was_training)
+    try:
+        logits = [each(input_ids, use_cache=False).logits for each in (model, reloaded)]
+    finally:
+        model.train(was_training)
+    difference = (logits[0] - logits[1]).abs().max().item()
     if difference != 0.0:
         raise RuntimeError(f"{folder} gives other logits than the model in memory: they differ by up to {difference}")
     return difference

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from kit.errors import UserError
 from kit.recipe.layers import apply_override, read_layers
-from kit.recipe.models import Recipe, Section
+from kit.recipe.models import Recipe
+from kit.recipe.section import Section
 from kit.recipe.validation import show_problems, validate_document
 from kit.recipe.words import Problem
 from kit.recipe.yaml import write_yaml

@@ -7,132 +7,10 @@ the installed dataclass in `kit.recipe.training_arguments`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, strict about types, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    def written(self) -> set[str]:
-        """The keys that the recipe gives a value; `null` gives none, and so drops what `extends` inherits."""
-        return {name for name in self.model_fields_set if getattr(self, name) is not None}
-
-
-def _list_or_mapping(value: Any) -> str:
-    return "list" if isinstance(value, (list, tuple)) else "mapping"
-
-
-def _text_or_mapping(value: Any) -> str:
-    return "mapping" if isinstance(value, (dict, BaseModel)) else "text"
-
-
-# Strict mode would refuse the lists that YAML produces where a tuple keeps the model immutable.
-def _sequence(item: Any) -> Any:
-    return Annotated[tuple[item, ...], Field(strict=False)]
-
-
-def _at_least_one(items: tuple) -> tuple:
-    if not items:
-        raise ValueError("at least one entry is needed")
-    return items
-
-
-# A validator, not `min_length`: pydantic would count only the valid items, and call a list with one bad item too short.
-def _non_empty(item: Any) -> Any:
-    return Annotated[
-        tuple[item, ...], Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_at_least_one)
-    ]
-
-
-class Source(Section):
-    """One source of documents: text or JSONL files, or a corpus that is on every machine."""
-
-    path: Text | None = None
-    """A file or a glob, relative to the working directory."""
-    builtin: Literal["python-reference", "docstrings"] | None = None
-    """A corpus read from the machine: `python-reference` (language reference and standard library), or
-    `docstrings` (of the installed `packages`)."""
-    packages: _sequence(str) = ()
-    """For `docstrings`: the installed packages to read."""
-    format: Literal["text", "jsonl"] | None = None
-    """Format of the files; by default `jsonl` for `.jsonl` and `.ndjson`, else `text`."""
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    """For text: what one document is: a whole file, a paragraph (separated by blank lines), or a line."""
-    separator: str | None = Field(default=None, min_length=1)
-    """For text: a string that separates documents, such as "\\n\\n\\n"; instead of `sample_by`."""
-    text_column: str = "text"
-    """For JSONL: the field that holds the text."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "Source":
-        if (self.path is None) == (self.builtin is None):
-            raise ValueError("a source has either `path` or `builtin`")
-        if (self.builtin == "docstrings") != bool(self.packages):
-            raise ValueError("`packages` goes with `builtin: docstrings`, and `docstrings` needs at least one package")
-        if self.builtin and {"sample_by", "separator", "format", "text_column"} & self.written():
-            raise ValueError("`format`, `sample_by`, `separator` and `text_column` describe files, not `builtin`")
-        if self.separator is not None and "sample_by" in self.written():
-            raise ValueError("`separator` and `sample_by` contradict each other: keep one")
-        return self
-
-    @property
-    def name(self) -> str:
-        """A short name for tables and messages."""
-        return self.path or (f"{self.builtin}: {', '.join(self.packages)}" if self.packages else self.builtin)
-
-
-class TrainSource(Source):
-    """A source of training documents, with its share of the training tokens."""
-
-    weight: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the training tokens that come from this source; the others divide the rest by their size."""
-
-
-class ValidationFraction(Section):
-    """A share of the training documents, held out by a hash of each document and a seed."""
-
-    fraction: float = Field(gt=0, lt=1)
-    """Share of the documents to hold out; adding data later moves no document to the other side."""
-    seed: int = 0
-    """Another seed holds out other documents."""
-
-
-class DataSection(Section):
-    """Where documents come from, how they are split, and how they become blocks of tokens."""
-
-    train: _non_empty(TrainSource)
-    """The sources of training documents."""
-    validation: (
-        Annotated[
-            Annotated[_non_empty(Source), Tag("list")] | Annotated[ValidationFraction, Tag("mapping")],
-            Discriminator(_list_or_mapping),
-        ]
-        | None
-    ) = None
-    """A fraction of the training documents, or a list of sources."""
-    block_size: int = Field(default=512, ge=8)
-    """Label positions per row, in tokens; at most the positions that the model has."""
-    packing: bool = True
-    """Fill every row with whole and partial documents, isolated from each other; `false` gives each its own row."""
-    max_dropped: float = Field(default=0.01, ge=0, le=1)
-    """Share of a source's tokens that may be left out of training before the run is refused."""
-    store_dir: Text = "runs/.store"
-    """Folder of the token stores, shared by all runs and keyed by content, tokenizer and settings."""
-
-    @model_validator(mode="after")
-    def _shares_add_up(self) -> "DataSection":
-        weights = [source.weight for source in self.train if source.weight is not None]
-        everything = len(weights) == len(self.train)
-        if (everything and abs(sum(weights) - 1) > 1e-6) or (not everything and sum(weights) >= 1):
-            expected = "1, as every source has one" if everything else "less than 1, as some sources have none"
-            raise ValueError(f"the weights of `train` add up to {sum(weights):g}; expected {expected}")
-        return self
+from kit.recipe.data import DATA_SPLITS, DataSection, Source, ValidationFraction
+from kit.recipe.section import Section, Text, sequence, text_or_mapping
 
 
 class TrainedTokenizer(Section):
@@ -153,11 +31,13 @@ class ModelSection(Section):
     """A fresh, randomly initialised model: `model_type` and the attributes of its configuration class."""
     tokenizer: (
         Annotated[
-            Annotated[str, Tag("text")] | Annotated[TrainedTokenizer, Tag("mapping")], Discriminator(_text_or_mapping)
+            Annotated[str, Tag("text")] | Annotated[TrainedTokenizer, Tag("mapping")], Discriminator(text_or_mapping)
         ]
         | None
     ) = None
     """A tokenizer by name or folder (default: the model's own), or one to train on the training documents."""
+    eos_token: Text | None = None
+    """A token of the tokenizer that is to end documents; by default its EOS, or what comes nearest to one."""
     config: dict[str, Any] = {}
     """Attributes of the model's configuration to override, such as `attn_pdrop: 0.0`."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -192,20 +72,28 @@ def _is_commit(revision: str | None) -> bool:
 class EvaluationSet(Source):
     """A named set of documents to measure on: a split of the recipe's data, or a source of its own."""
 
-    split: Literal["train", "validation"] | None = None
-    """A split of `data`, instead of a source."""
+    split: Text | None = None
+    """Without a source: `validation` or `train` of `data`, or `replay` (what of `data.replay` is held out). Of a
+    `dataset`: its own split."""
     fraction: float | None = Field(default=None, gt=0, lt=1)
     """Of a source: only the documents that `data.validation` with this fraction and `seed` holds out, such as those
     that the base model was not trained on."""
     seed: int = 0
     """Seed that goes with `fraction`."""
     max_documents: int | None = Field(default=None, ge=1)
-    """Measure on at most this many documents, chosen by their hash."""
+    """Measure on at most this many documents, chosen by their hash; of a dataset the first ones."""
+
+    @property
+    def data_split(self) -> str | None:
+        """The split of `data` that the set names instead of a source."""
+        return None if self.dataset else self.split
 
     @model_validator(mode="after")
     def _one_kind(self) -> "EvaluationSet":
-        if self.split is None:
+        if self.data_split is None:
             return super()._one_kind()
+        if self.split not in DATA_SPLITS:
+            raise ValueError(f"`split` is `{self.split}`; expected one of {', '.join(DATA_SPLITS)}, or a `dataset`")
         if self.written() - {"split", "max_documents"}:
             raise ValueError("`split` names documents of `data`: the keys that describe a source do not go with it")
         return self
@@ -237,7 +125,7 @@ class EvaluationSection(Section):
 
     sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")], EvaluationSet] = {}
     """Named evaluation sets; by default `domain`, the validation split."""
-    prompts: _sequence(Annotated[str, Field(min_length=1)]) = ()
+    prompts: sequence(Text) = ()
     """Prompts that the model continues before and after training."""
     generation: Generation = Generation()
     """How the prompts are continued."""
@@ -274,7 +162,7 @@ class WandbSection(Section):
     """User or team that owns the project."""
     group: str | None = None
     """Group of runs in the project."""
-    tags: _sequence(str) = ()
+    tags: sequence(str) = ()
     """Tags of the run."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """By default online where an API key is configured, else offline."""
@@ -302,10 +190,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        needs_validation = [name for name, s in self.evaluation.sets.items() if s.split == "validation"]
+        needs_validation = [name for name, s in self.evaluation.sets.items() if s.data_split == "validation"]
         if needs_validation and self.data.validation is None:
             wanted = f"evaluation.sets.{needs_validation[0]} names the split `validation`"
             raise ValueError(f"{wanted}, but `data.validation` is missing")
+        needs_replay = [name for name, s in self.evaluation.sets.items() if s.data_split == "replay"]
+        if needs_replay and not (self.data.replay and isinstance(self.data.validation, ValidationFraction)):
+            wanted = f"evaluation.sets.{needs_replay[0]} names the split `replay`"
+            raise ValueError(
+                f"{wanted}, which needs `data.replay`, and `data.validation` with a `fraction` to hold out"
+            )
         if self.evaluation.sets and not needs_validation and isinstance(self.data.validation, tuple):
             raise ValueError("`data.validation` gives files, but no set of `evaluation.sets` has `split: validation`")
         return self

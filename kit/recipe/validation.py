@@ -1,5 +1,6 @@
 """A document checked against the models: every error of pydantic in words, with its place."""
 
+import re
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -62,7 +63,11 @@ def _explain(detail: dict[str, Any], document: Document, training_names: list[st
     if kind == "missing":
         return Problem(keys, f"required, but missing; expected {describe_types(types)}")
     if kind == "value_error":
-        return Problem(keys, f"{context['error']}{_origins(document, keys, value)}")
+        text = str(context["error"])
+        named = re.match(r"(\w+(?:\.\w+)+) ", text)
+        if not keys and named:  # sections that do not go together: the place is the one that the message begins with
+            return Problem(tuple(named[1].split(".")), text[named.end() :])
+        return Problem(keys, f"{text}{_origins(document, keys, value)}")
     if kind == "string_pattern_mismatch" and detail["loc"][-1] == "[key]":
         return Problem(keys, f"the name `{keys[-1]}` does not fit the pattern {context['pattern']}")
     if kind in _BOUNDS:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 
 from kit.errors import did_you_mean, nearest
-from kit.recipe.models import Recipe, Section
+from kit.recipe.models import Recipe
+from kit.recipe.section import Section
 from kit.recipe.yaml import Keys, Place
 
 # What other tools call it, where no similarity of letters would lead there.

@@ -13,8 +13,8 @@ from kit.data.blocks import IGNORE_INDEX
 from kit.data.corpus import Corpus, TokenCoding, build_corpus, training_documents, training_documents_key
 from kit.evaluation.language_modeling import evaluate_documents
 from kit.model.isolation import check_isolation
-from kit.model.loading import check_alignment, check_config, load_causal_lm, load_config
-from kit.model.tokenizer import encoder, load_tokenizer, tokenizer_key
+from kit.model.loading import check_alignment, check_pretrained, check_vocabulary, load_causal_lm
+from kit.model.tokenizer import decoder, encoder, load_tokenizer, special_tokens, tokenizer_key
 from kit.recipe.models import Recipe
 
 Figures = dict[str, float | int]
@@ -29,20 +29,22 @@ def check_early(recipe: Recipe) -> None:
     """Check of the model what its configuration alone tells, before hours of tokenising.
 
     Raises:
-        UserError: it cannot be found, is no causal LM, or has fewer positions than a block.
+        UserError: it cannot be found, is no causal LM, has fewer positions than a block, or its weights are unusable.
     """
     if recipe.model.name_or_path is not None:
-        check_config(load_config(recipe.model), recipe.model.name_or_path, recipe.data.block_size)
+        check_pretrained(recipe.model, recipe.data.block_size)
 
 
 def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, or train it on the training documents."""
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         recipe.model,
         recipe.data.store_dir,
         lambda: training_documents(recipe.data),
         lambda: training_documents_key(recipe.data),
     )
+    check_vocabulary(recipe.model, tokenizer)
+    return tokenizer
 
 
 def prepare_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
@@ -52,14 +54,15 @@ def prepare_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: i
 
 def token_coding(tokenizer: PreTrainedTokenizerBase) -> TokenCoding:
     """Return what the data needs to know of a tokenizer."""
-    eos = tokenizer.eos_token_id
+    special = special_tokens(tokenizer)
     return TokenCoding(
         key=tokenizer_key(tokenizer),
         encode=encoder(tokenizer),
+        decode=decoder(tokenizer),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        eos_token_id=eos,
-        context_token_id=eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
-        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=special.eos.id,
+        context_token_id=special.context.id,
+        pad_token_id=special.pad.id,
     )
 
 

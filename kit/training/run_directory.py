@@ -1,6 +1,7 @@
 """The run directory: one run at a time, a manifest of what happened, nothing lost without a word."""
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kit.console import is_main_process, say
+from kit.console import is_main_process, say, warn
 from kit.errors import UserError
 from kit.files import read_json, write_json, write_text
 
@@ -71,6 +72,24 @@ class RunDirectory:
             raise RunDirectoryInUse(
                 f"run.output_dir: {self.path.absolute()} cannot be written: {error.strerror}"
             ) from None
+
+    def check(self) -> None:
+        """Find out whether the folder could be used, without touching it.
+
+        Raises:
+            UserError: it could not be written, or holds something else than a run.
+        """
+        real = self.path.resolve()
+        # The lock lies beside the folder.
+        for wanted in (real, real.parent):
+            existing = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+                raise RunDirectoryInUse(
+                    f"run.output_dir: {self.path.absolute()} cannot be written: {existing} is "
+                    f"{'read-only' if existing.is_dir() else 'a file'}"
+                )
+        if self.path.exists():
+            self._refuse_foreign_folder()
 
     def _refuse_foreign_folder(self) -> None:
         """Refuse a folder with anything in it that is not a run's: what it holds would be replaced or moved."""
@@ -143,7 +162,11 @@ class RunDirectory:
             if self.manifest.is_file():
                 return  # nothing was started: the manifest tells of the run that is here, not of this attempt
             self._facts = {"command": shlex.join(["kit", *sys.argv[1:]])}
-        self.note(status=status, ended=_now(), **facts)
+        try:
+            self.note(status=status, ended=_now(), **facts)
+        except OSError as error:  # a full disk, most often what ended the run: its message is the one to be read
+            if not _write_in_place(self.manifest, self._facts):
+                warn(f"{self.manifest} cannot be written: {error.strerror}")
 
 
 class RunDirectoryInUse(UserError):
@@ -168,6 +191,20 @@ def read_status(path: str | Path) -> str:
         return "running"
     directory._lock.release()
     return "killed"
+
+
+def _write_in_place(path: Path, value: Any) -> bool:
+    """Write a JSON file into the blocks that it has, where a full disk leaves none for a second file to be renamed."""
+    text = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        if len(text) > path.stat().st_blocks * 512:
+            return False
+        with open(path, "r+b") as file:
+            file.write(text)
+            file.truncate()
+    except OSError:
+        return False
+    return True
 
 
 def git_state() -> dict[str, Any] | None:

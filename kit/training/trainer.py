@@ -203,12 +203,17 @@ class KitTrainer(Trainer):
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
                 super()._save_checkpoint(model, trial)
+                self._save_progress(folder, due or {"evaluate": False, "save": False})
+                barrier()
+                if self.args.should_save:
+                    complete_checkpoint(folder, self.state.global_step, self.args.world_size, self.fingerprints)
+            except Exception:
+                # Of no use to anybody; on a full disk it would also leave no room for the manifest to tell so.
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             finally:
                 self.args.save_total_limit = limit
-            self._save_progress(folder, due or {"evaluate": False, "save": False})
-            barrier()
-            if self.args.should_save:
-                complete_checkpoint(folder, self.state.global_step, self.args.world_size, self.fingerprints)
         elif self.state.best_global_step == self.state.global_step:
             # The same step's state, saved before its evaluation was interrupted: only the verdict is new.
             self.state.best_model_checkpoint = str(folder)

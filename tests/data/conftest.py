@@ -21,6 +21,19 @@ def coding(tokenizer):
 
 
 @pytest.fixture
+def write(tmp_path):
+    """A function that writes a file of text or bytes below the test's folder, and returns its path."""
+
+    def write(content, name="corpus.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
 def make_store():
     """A function from document lengths to a store in which no token but EOS (0) occurs twice; 1 to 9 are not used."""
 
@@ -36,7 +49,7 @@ def make_store():
             offsets=np.cumsum([0] + [len(d) for d in documents]),
             num_bytes=np.array(lengths, dtype=np.int64),
             hashes=np.arange(first_token, first_token + len(documents), dtype=np.uint64),
-            empty=0,
+            left_out={},
         )
 
     return make

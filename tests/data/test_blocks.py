@@ -225,3 +225,43 @@ def test_the_choice_depends_on_the_seed_alone():
     assert choose(1) == choose(1)
     assert choose(1) != choose(2)
     assert choose(1)[1] != choose(1)[2]
+
+
+def test_replay_has_its_share_together_within_a_block():
+    """Rounded one source at a time, many small ones would add up to many blocks too few or too many."""
+    rng = random.Random(2)
+    for seed in range(300):
+        block_size = rng.choice([8, 64, 512])
+        train = [rng.randint(1, 200 * block_size) for _ in range(rng.randint(1, 3))]
+        weights = rng.choice([[None] * len(train), [None, *[0.1] * (len(train) - 1)]])
+        replayed = [rng.choice([1, block_size + 1, rng.randint(1, 50 * block_size)]) for _ in range(rng.randint(1, 9))]
+        share = rng.uniform(0.01, 0.7)
+        chosen = select_blocks(train, weights, block_size, seed, (replayed, share))
+        trained = [tokens_in(b, n, block_size) for b, n in zip(chosen, train + replayed, strict=True)]
+        drawn = trained[len(train) :]
+        assert abs(sum(drawn) - share * sum(trained)) <= block_size
+        for got, tokens in zip(drawn, replayed, strict=True):
+            assert abs(got - sum(drawn) * tokens / sum(replayed)) <= 2 * block_size
+
+
+def test_where_all_have_weights_replay_makes_up_the_rest():
+    chosen = select_blocks([1_000, 9_000], [0.3, 0.3], 16, 0, ([3_000, 500], 0.4))
+    tokens = [tokens_in(b, n, 16) for b, n in zip(chosen, [1_000, 9_000, 3_000, 500], strict=True)]
+    total = 1_000 + 9_000 + 3_000 + 500
+    for got, wanted in zip([*tokens[:2], sum(tokens[2:])], [0.3, 0.3, 0.4], strict=True):
+        assert abs(got - wanted * total) <= 16
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_source_of_which_no_block_is_drawn_has_no_rows(make_store, packing):
+    """A share that is less than half a block in one of its sources."""
+    stores = [make_store([30, 30], 100), make_store([3], 200), make_store([39], 300)]
+    chosen = select_blocks([62], [None], 8, 0, ([4, 40], 0.1))
+    assert [len(blocks) for blocks in chosen] == [8, 0, 1]
+    parts = [TrainPart(store, np.arange(store.num_documents), b, 8) for store, b in zip(stores, chosen, strict=True)]
+    rows = TokenRows(parts, packing, 1, 2)
+    targets = [target for i in range(len(rows)) for _, target in pairs_of(rows[i])]
+    assert targets[:62] == [t for d in (range(100, 130), range(130, 160)) for t in (*d, EOS)]
+    assert parts[1].count_tokens(parts[1].blocks) == 0
+    assert 1 <= len(targets[62:]) <= 8
+    assert all(target >= 300 or target == EOS for target in targets[62:])

@@ -14,7 +14,7 @@ import pytest
 
 from kit.data.sources import read_documents, source_fingerprint
 from kit.errors import UserError
-from kit.recipe.models import Source
+from kit.recipe.data import Source
 
 LONG = "This sentence is longer than the eighty characters that a docstring must have to be read at all."
 
@@ -23,7 +23,7 @@ READ_IN_ANOTHER_PROCESS = """
 import json, sys
 from itertools import islice
 from kit.data.sources import read_documents
-from kit.recipe.models import Source
+from kit.recipe.data import Source
 documents = list(islice(read_documents(Source(builtin="python-reference")), 500))
 print(json.dumps([documents, sorted(sys.modules)]))
 """

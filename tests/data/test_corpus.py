@@ -8,7 +8,8 @@ import pytest
 from kit.data.blocks import IGNORE_INDEX
 from kit.data.corpus import build_corpus, training_documents, training_documents_key
 from kit.errors import UserError
-from kit.recipe.models import DataSection, EvaluationSet
+from kit.recipe.data import DataSection
+from kit.recipe.models import EvaluationSet
 from tests.material import documents
 
 SEPARATOR = "\n\n\n"
@@ -67,7 +68,7 @@ def test_each_document_trains_or_is_measured(build, write, tokenizer, count):
     assert sorted(train + held) == texts
     assert len(held) > 5
     (row,) = corpus.ledger
-    assert (row.documents, row.held_out, row.empty) == (len(train), len(held), 0)
+    assert (row.documents, row.held_out, row.left_out) == (len(train), len(held), {})
     assert row.read == row.trained == count(train)
     assert corpus.sets["domain"].lengths.sum() == count(held)
     assert corpus.sets["domain"].num_bytes == sum(len(text.encode()) for text in held)
@@ -85,7 +86,7 @@ def test_the_ledger_agrees_with_tokens_counted_alone(build, write, tokenizer, co
     assert first.dropped == {"also in evaluation": count(shared[:4])}
     assert second.dropped["also in evaluation"] == count(shared[4:])
     assert first.trained == count(a)
-    assert first.empty == 2
+    assert first.left_out["empty"]["documents"] == 2
     for row in corpus.ledger:
         assert row.read + row.repeated == row.trained + row.context + row.total_dropped
     labels = [row for i in range(len(corpus.rows)) for row in corpus.rows[i]["shift_labels"]]
@@ -103,7 +104,8 @@ def test_a_document_that_is_measured_on_does_not_train(build, write, tokenizer):
 
 def test_a_validation_document_does_not_train_from_another_source(build, write, tokenizer):
     texts = documents(60, seed=1)
-    corpus = whole(build, [write("a.txt", texts), write("b.txt", texts[::2])], validation={"fraction": 0.3})
+    train = [write("a.txt", texts), write("b.txt", texts[::2] + ["a text of its own"])]
+    corpus = whole(build, train, validation={"fraction": 0.3}, exact_duplicates="keep")
     held = measured_texts(corpus.sets["domain"], tokenizer)
     assert len(held) > len(set(held)), "no duplicate is held out: nothing is tested"
     assert not set(trained_texts(corpus, tokenizer)) & set(held)
@@ -202,18 +204,31 @@ def test_an_empty_validation_split_is_refused(build, write):
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_a_single_document_cannot_be_split(build, write, fraction):
     """Whichever side it falls on, the other is empty."""
-    with pytest.raises(UserError, match=r"is empty|no document of its 1 is left"):
-        build([write("a.txt", ["one document"])], validation={"fraction": fraction})
+    train = [write("b.txt", documents(20, seed=1)), write("a.txt", ["one document"])]
+    with pytest.raises(UserError, match=r"a\.txt`: is one document.*`sample_by` or `separator`.*`data\.validation`"):
+        build(train, validation={"fraction": fraction})
 
 
 def test_a_source_that_is_measured_on_as_a_whole_is_refused(build, write):
     source = write("a.txt", documents(20, seed=1))
-    with pytest.raises(UserError, match=r"a\.txt`: no document of its 20 is left for training"):
+    message = r"a\.txt`: all of its 20 training documents are also in the evaluation set `general`; measure on other"
+    with pytest.raises(UserError, match=message):
         build([source], {"general": source})
 
 
+def test_where_nothing_is_left_the_causes_are_told(build, write):
+    a, b = documents(20, seed=1), documents(4, seed=2)
+    message = r"b\.txt`: none of its 24 documents is left.*\(also in evaluation: 4; exact duplicate: 20\)"
+    with pytest.raises(UserError, match=message):
+        build([write("a.txt", a), write("b.txt", a + b)], {"general": write("v.txt", b)})
+    message = r"b\.txt`: none of its 24 documents is left.*\(held out: 24\)"
+    with pytest.raises(UserError, match=message):
+        # Of the longer source something is left, of the shorter nothing.
+        build([write("a.txt", documents(4000, seed=3)), write("b.txt", a + b)], validation={"fraction": 0.999})
+
+
 def test_a_source_without_text_is_refused(build, write):
-    with pytest.raises(UserError, match=r"empty\.txt`: no text in it \(3 empty documents\)"):
+    with pytest.raises(UserError, match=r"empty\.txt`: no document is left in it \(empty: 3\)"):
         build([write("a.txt", documents(5, seed=1)), write("empty.txt", ["", " ", "\t"])])
 
 

@@ -9,27 +9,33 @@ import pytest
 import xxhash
 
 import kit.data.store
+from kit.data import tokenising
+from kit.data.columns import LeftOut
 from kit.data.store import open_store
 from kit.errors import UserError
 from tests.material import documents
 
 EOS = 0
-TEXTS = ["alpha", "", "Größe", "  \n", "alpha", "z"]
+BLANK = [LeftOut("empty", "here"), LeftOut("empty", "there")]
+TEXTS = ["alpha", BLANK[0], "Größe", BLANK[1], "alpha", "z"]
+KEPT = ["alpha", "Größe", "alpha", "z"]
 
 # Both wait for a line on stdin when they are ready, so that all builders begin at once.
 BUILDER = """
 import os, sys
 from kit.data.store import open_store
 folder, log, fate = sys.argv[1:]
-def encode(texts):
+def documents():
     with open(log, "a") as file:
         file.write("built\\n")
+    return ["first", "second"] * 20000
+def encode(texts):
     if fate == "killed":
         os.kill(os.getpid(), 9)
     return [[ord(c) for c in text] for text in texts]
 print("ready", flush=True)
 sys.stdin.readline()
-store = open_store(folder, "name", "content", "tokenizer", lambda: ["first", "second"] * 20000, encode, 0, 256)
+store = open_store(folder, "name", "content", "tokenizer", documents, encode, 0, 256)
 print(int(store.tokens.sum()), store.num_documents)
 """
 
@@ -52,8 +58,10 @@ def encoder():
 
 @pytest.fixture
 def open_one(tmp_path, encoder):
-    def open_one(texts=TEXTS, content="content", tokenizer="tokenizer", vocab_size=256):
-        return open_store(tmp_path, "name", content, tokenizer, lambda: iter(texts), encoder, EOS, vocab_size)
+    def open_one(texts=TEXTS, content="content", tokenizer="tokenizer", vocab_size=256, **settings):
+        return open_store(
+            tmp_path, "name", content, tokenizer, lambda: iter(texts), encoder, EOS, vocab_size, **settings
+        )
 
     return open_one
 
@@ -64,11 +72,12 @@ def documents_of(store):
 
 def test_holds_each_document_with_its_eos_its_bytes_and_its_hash(open_one):
     store = open_one()
-    kept = [text for text in TEXTS if text.strip()]
-    assert documents_of(store) == [[*map(ord, text), EOS] for text in kept]
-    assert store.num_bytes.tolist() == [len(text.encode()) for text in kept] == [5, 7, 5, 1]
-    assert store.hashes.tolist() == [xxhash.xxh3_64_intdigest(text.encode()) for text in kept]
-    assert (store.num_documents, store.empty) == (4, 2)
+    assert documents_of(store) == [[*map(ord, text), EOS] for text in KEPT]
+    assert store.num_bytes.tolist() == [len(text.encode()) for text in KEPT] == [5, 7, 5, 1]
+    assert store.hashes.tolist() == [xxhash.xxh3_64_intdigest(text.encode()) for text in KEPT]
+    assert store.num_documents == 4
+    assert store.left_out == {"empty": {"documents": 2, "examples": ["here", "there"]}}
+    assert not store.stopped
     assert store.offsets.dtype == store.num_bytes.dtype == np.int64
     assert store.hashes.dtype == np.uint64
 
@@ -82,7 +91,7 @@ def test_tokens_are_mapped_and_cannot_be_written(open_one):
 def test_holds_what_the_tokenizer_makes_of_each_document(tmp_path, tokenizer, coding, monkeypatch):
     """Encoding in batches must give what one document at a time gives."""
     texts = documents(60, seed=5)
-    monkeypatch.setattr(kit.data.store, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", 1000)
     store = open_store(
         tmp_path, "name", "content", coding.key, lambda: texts, coding.encode, coding.eos_token_id, coding.vocab_size
     )
@@ -94,8 +103,8 @@ def test_holds_what_the_tokenizer_makes_of_each_document(tmp_path, tokenizer, co
 
 @pytest.mark.parametrize("characters", [0, 1, 7, 10**9])
 def test_how_documents_are_batched_does_not_matter(open_one, monkeypatch, characters):
-    monkeypatch.setattr(kit.data.store, "_BATCH_CHARACTERS", characters)
-    assert documents_of(open_one()) == [[*map(ord, text), EOS] for text in TEXTS if text.strip()]
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", characters)
+    assert documents_of(open_one()) == [[*map(ord, text), EOS] for text in KEPT]
 
 
 def test_a_document_that_encodes_to_nothing_keeps_its_eos(tmp_path):
@@ -109,7 +118,7 @@ def test_is_written_once(open_one, encoder):
     second = open_one(texts=None)  # not even iterable: the documents are not asked for again
     assert encoder.calls == 1
     assert documents_of(first) == documents_of(second)
-    assert (first.key, first.empty) == (second.key, second.empty)
+    assert (first.key, first.left_out) == (second.key, second.left_out)
 
 
 def test_another_content_tokenizer_or_format_is_another_store(open_one, encoder, monkeypatch):
@@ -154,18 +163,94 @@ def test_a_damaged_store_is_built_again(tmp_path, open_one, encoder, name, damag
     folder = tmp_path / "tokens" / open_one().key
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     DAMAGE[damage](folder / name)
-    assert documents_of(open_one()) == [[*map(ord, text), EOS] for text in TEXTS if text.strip()]
+    assert documents_of(open_one()) == [[*map(ord, text), EOS] for text in KEPT]
     assert encoder.calls == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     open_one()
     assert encoder.calls == 2
 
 
-@pytest.mark.parametrize("texts", [[], ["", " \n\t"]])
-def test_a_source_without_text_is_refused_and_leaves_nothing(tmp_path, open_one, texts):
-    with pytest.raises(UserError, match=rf"`name`: no text in it \({len(texts)} empty documents\)"):
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [([], "it is empty"), (BLANK, "empty: 2"), ([*BLANK, LeftOut("short", "x")], "empty: 2; short: 1")],
+)
+def test_a_source_without_text_is_refused_and_leaves_nothing(tmp_path, open_one, texts, why):
+    with pytest.raises(UserError, match=rf"`name`: no document is left in it \({why}\)"):
         open_one(texts)
     assert [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()] == []
+
+
+# ---- What is left out ----
+
+
+@pytest.mark.parametrize("characters", [0, 5, 10**9])
+def test_what_is_left_out_is_counted_by_cause_with_three_examples(open_one, monkeypatch, characters):
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", characters)
+    texts = []
+    for n in range(20):
+        texts += [LeftOut("short", f"line {n}"), f"document {n}"] + [LeftOut("unusable text", f"row {n}")] * (n % 2)
+    assert open_one(texts).left_out == {
+        "short": {"documents": 20, "examples": ["line 0", "line 1", "line 2"]},
+        "unusable text": {"documents": 10, "examples": ["row 1", "row 3", "row 5"]},
+    }
+
+
+def test_what_is_left_out_at_either_end_is_counted(open_one):
+    store = open_one([LeftOut("short", "first"), "x", LeftOut("short", "last")])
+    assert store.left_out == {"short": {"documents": 2, "examples": ["first", "last"]}}
+
+
+# ---- At most so many tokens ----
+
+
+@pytest.mark.parametrize("characters", [0, 3, 10, 10**9])
+def test_the_first_documents_with_at_most_so_many_tokens(open_one, monkeypatch, characters):
+    """Each cut, each way of batching: documents 1 + 1, 2 + 1, … tokens long, of which a prefix is taken."""
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", characters)
+    texts = ["x" * n for n in range(1, 7)]
+    ends = np.cumsum([len(text) + 1 for text in texts])
+    for most in range(2, ends[-1] + 3):
+        store = open_one(texts, max_tokens=most)
+        expected = int((ends <= most).sum())
+        assert documents_of(store) == [[*map(ord, text), EOS] for text in texts[:expected]]
+        assert len(store.tokens) <= most
+        assert store.stopped == (expected < len(texts))
+
+
+def test_the_limit_is_in_the_key(open_one, encoder):
+    stores = [open_one(["aa", "bb"], max_tokens=most) for most in (None, 3, 4, 100)]
+    assert len({store.key for store in stores}) == encoder.calls == 4
+    assert [store.num_documents for store in stores] == [2, 1, 1, 2]
+    assert [store.stopped for store in stores] == [False, True, True, False]
+    assert open_one(None, max_tokens=3).stopped
+
+
+def test_a_first_document_that_is_too_long_is_told(open_one):
+    with pytest.raises(UserError, match=r"the first document alone has more than `max_tokens: 3`"):
+        open_one(["abc", "x"], max_tokens=3)
+
+
+@pytest.mark.parametrize("characters", [0, 3, 10**9])
+def test_what_is_left_out_is_counted_as_far_as_documents_are_taken(open_one, monkeypatch, characters):
+    """More is read ahead than is taken; how much, depends on the batches and on the number of processes."""
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", characters)
+    texts = [part for n in range(10) for part in (LeftOut("short", f"{n}"), "ab")]
+    store = open_one(texts, max_tokens=9)
+    assert store.num_documents == 3
+    assert store.left_out == {"short": {"documents": 4, "examples": ["0", "1", "2"]}}
+
+
+def test_a_stream_is_not_read_much_further_than_its_limit(open_one, monkeypatch):
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", 100)
+    read = []
+
+    def stream():
+        while True:
+            read.append(1)
+            yield "0123456789"
+
+    assert open_one(stream(), max_tokens=220).num_documents == 20
+    assert len(read) < 40
 
 
 def test_an_error_on_the_way_leaves_nothing(tmp_path, open_one):

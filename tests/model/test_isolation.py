@@ -96,3 +96,12 @@ def test_probe_refuses_what_leaks(name):
         model = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(UserError, match=r"data.packing: false"):
         check_isolation(model, VOCAB)
+
+
+def test_probe_refuses_weights_that_are_not_finite():
+    """A comparison with NaN is never true: such a model passed for one that isolates."""
+    model = make_model("llama", VOCAB)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(UserError, match=r"logits that are not finite: its weights hold NaN or infinity"):
+        check_isolation(model, VOCAB)

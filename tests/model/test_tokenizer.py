@@ -78,11 +78,6 @@ def test_limits_in_a_tokenizer_file_do_not_cut_documents(loaded):
 # ---- loading
 
 
-def test_tokenizer_without_eos(loaded):
-    with pytest.raises(UserError, match="no EOS token"):
-        loaded(eos_token=None)
-
-
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "qwen3"])
 def test_folder_without_a_tokenizer(tiny_models, tmp_path, architecture):
     """Transformers makes up a tokenizer of `<|endoftext|>` alone, to which every document is empty."""

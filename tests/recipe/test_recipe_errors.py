@@ -67,7 +67,10 @@ HEAD = "task: causal-lm\nmodel: {name_or_path: gpt2}\n"
         # contradictions
         ("evaluation: {sets: {a: {split: validation}}}\n", ["evaluation.sets.a", "`data.validation` is missing"]),
         ("evaluation: {sets: {a: {split: train, path: x}}}\n", ["evaluation.sets.a: `split` names documents"]),
-        ("evaluation: {sets: {a: {}}}\n", ["evaluation.sets.a: a source has either `path` or `builtin`"]),
+        (
+            "evaluation: {sets: {a: {}}}\n",
+            ["evaluation.sets.a: a source has exactly one of `path`, `dataset` and `builtin`"],
+        ),
     ],
 )
 def test_mistakes_in_sections(message, text, parts):
@@ -87,7 +90,10 @@ def test_mistakes_in_sections(message, text, parts):
         ("{train: []}", ["data.train: at least one entry is needed"]),
         ("{train: [{path: 1}]}", ["data.train.0.path: found the number 1; expected text"]),
         ("{train: [{path: x, weight: 2}]}", ["data.train.0.weight: found the number 2", "less than 1"]),
-        ("{train: [{path: x, builtin: docstrings}]}", ["data.train.0: a source has either `path` or `builtin`"]),
+        (
+            "{train: [{path: x, builtin: docstrings}]}",
+            ["data.train.0: a source has exactly one of `path`, `dataset` and `builtin`"],
+        ),
         ("{train: [{path: x}], validation: 0.1}", ["data.validation: found the number 0.1", "write `fraction: 0.1`"]),
         ("{train: [{path: x}], validation: []}", ["data.validation: at least one entry is needed"]),
         ("{train: [{path: x}], validation: {fracton: 0.1, fraction: 0.1}}", ["data.validation.fracton", "`fraction`?"]),

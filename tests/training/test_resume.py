@@ -30,7 +30,7 @@ TRAINING = {
 
 NEVER_STOPS = {"patience": 50}
 
-PREPARATION = "kit.data.store:_write_batch"
+PREPARATION = "kit.data.store:_write_store"
 BEFORE = "kit.evaluation.language_modeling:_score"
 STEP = "kit.training.trainer:KitTrainer.training_step"
 EVALUATION = "kit.training.trainer:KitTrainer._poll"

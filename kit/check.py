@@ -1,0 +1,308 @@
+"""`kit check`: everything about a recipe that can be found without training it, and with `--probe` two steps of it."""
+
+import dataclasses
+import resource
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kit.console import is_main_process, quiet_libraries, say, table, warn
+from kit.data.store import TokenStore
+from kit.evaluation.samples import check_prompts
+from kit.model.saving import save_model, saved_model_difference
+from kit.model.tokenizer import decoder
+from kit.recipe.loading import recipe_fingerprint
+from kit.recipe.models import Recipe
+from kit.run import TASKS, Run, prepare_run, resolve_recipe, run_training
+from kit.training.arguments import make_training_arguments
+from kit.training.checkpoints import choose_checkpoint
+from kit.training.earlier_run import effective_resume, is_finished
+from kit.training.memory import estimate_memory, out_of_memory_explained
+from kit.training.plan import StepPlan, plan_steps
+from kit.training.preemption import Preemption
+from kit.training.run_directory import RunDirectory, read_status
+from kit.training.topology import barrier, check_topology, describe, from_main_process
+
+_SAMPLE_TOKENS = 32
+_PROBE_STEPS = 2
+_PROBE_DOCUMENTS = 4
+_GIB = 2**30
+_CHUNK = 1 << 24  # tokens
+
+
+def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
+    """Find everything that is wrong with a recipe before it trains, and show what it is going to do.
+
+    Nothing is written but token stores, which the run itself then finds.
+
+    Args:
+        recipe_path: the recipe's file.
+        overrides: `section.key=value`.
+        probe: also train two steps, evaluate, save and load what was saved, in a temporary folder.
+
+    Raises:
+        UserError: the recipe cannot be run.
+    """
+    quiet_libraries()
+    recipe = resolve_recipe(recipe_path, overrides)
+    directory = RunDirectory(recipe.run.output_dir)
+    args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
+    check_topology(args)
+    resume, state = from_main_process(lambda: _check_folder(recipe, directory, args.seed))
+    say(f"recipe {recipe_path}: {recipe.task}, into {directory.path} ({state})")
+    say(f"{args.world_size} process(es) on {describe(args)['device']}, {precision}")
+    with out_of_memory_explained(recipe, args):
+        run = prepare_run(recipe, args, None)
+        from_main_process(lambda: _check_rest(run, directory, resume))
+        plan = plan_steps(len(run.corpus.rows), args)
+        if is_main_process():
+            print_samples_of_sources(run)
+            print_what_trains(run)
+            print_plan(run, plan)
+            print_memory(run)
+        if probe:
+            probe_run(run, plan)
+    say(f"\nnothing found that would stop it: kit train {shlex.join([recipe_path, *overrides])}")
+
+
+def _check_folder(recipe: Recipe, directory: RunDirectory, seed: int) -> tuple[str, str]:
+    """Return what `run.resume` comes to, and what the run's folder holds; nothing in it is touched.
+
+    Raises:
+        UserError: the folder cannot be written, or holds something that this recipe's run cannot go on with.
+    """
+    directory.check()
+    recipe = recipe.model_copy(update={"run": effective_resume(recipe, directory)})
+    finished = recipe.run.resume != "never" and is_finished(recipe, directory, seed)
+    status = read_status(directory.path)
+    state = "a new run" if status == "missing" else f"holds a run: {status}"
+    return recipe.run.resume, f"{state}: nothing is left to do" if finished else state
+
+
+def _check_rest(run: Run, directory: RunDirectory, resume: str) -> None:
+    """Check what a run looks at only once data and model are there.
+
+    Raises:
+        UserError: there is no checkpoint to go on from, or a prompt is too long.
+    """
+    fingerprints = {"recipe": recipe_fingerprint(run.recipe), "data": run.corpus.key, "model": run.model_key}
+    if not directory.is_finished() or resume not in ("auto", "must"):
+        checkpoint = choose_checkpoint(resume, directory.checkpoints, run.args.world_size, fingerprints)
+        if checkpoint:
+            say(f"goes on from {checkpoint}")
+    generation = run.recipe.evaluation.generation.model_dump()
+    check_prompts(run.model, run.tokenizer, run.recipe.evaluation.prompts, **generation)
+
+
+def print_samples_of_sources(run: Run) -> None:
+    """Print a document of every source as the model sees it: where tokens begin, and how it ends."""
+    corpus, tokenizer = run.corpus, run.tokenizer
+    stores = {
+        store.key: (store, documents, "trains")
+        for store, documents in ((part.store, part.documents) for part in corpus.rows.parts)
+    }
+    for name, documents in corpus.sets.items():
+        for store, chosen in documents.stores:
+            stores.setdefault(store.key, (store, chosen, f"evaluation set `{name}`"))
+    for store, documents, use in stores.values():
+        if not len(documents):
+            continue
+        num_bytes, tokens = int(store.num_bytes[documents].sum()), store.count_tokens(documents)
+        say(
+            f"\n{store.name} ({use}): {len(documents):,} documents, {num_bytes:,} bytes, "
+            f"{num_bytes / tokens:.2f} bytes per token; its first, with `│` between tokens:"
+        )
+        say(f"  {_show_tokens(store, int(documents[0]), corpus.rows.context_token_id, tokenizer)}")
+        ends = (
+            np.count_nonzero(store.tokens[i : i + _CHUNK] == store.tokens[-1])
+            for i in range(0, len(store.tokens), _CHUNK)
+        )
+        inside = sum(ends) - store.num_documents
+        if inside:
+            warn(
+                f"{store.name}: the text holds {tokenizer.eos_token} {inside:,} times, which is read as the token that "
+                f"ends documents"
+            )
+
+
+def _show_tokens(store: TokenStore, document: int, context: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids = store.document(document).tolist()
+    # A few more than are shown: they tell whether the last one shown ends in the middle of a character.
+    pieces = [tokenizer.decode([context]), *_pieces(ids[: _SAMPLE_TOKENS + 8], tokenizer)[:_SAMPLE_TOKENS]]
+    if len(ids) > _SAMPLE_TOKENS:
+        pieces.append(f" … {len(ids) - _SAMPLE_TOKENS:,} more … ")
+    pieces.append(tokenizer.decode([int(store.tokens[store.offsets[document + 1] - 1])]))
+    return "│".join(piece.replace("\n", "⏎").replace("\t", "⇥") for piece in pieces)
+
+
+def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text that each token adds; a character of several tokens comes with the last of them."""
+    decode, pieces, shown = decoder(tokenizer), [], ""
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[:end])
+        whole = text if end == len(ids) else text.rstrip("\ufffd")
+        pieces.append(whole[len(shown) :])
+        shown = max(shown, whole, key=len)
+    return pieces
+
+
+def print_what_trains(run: Run) -> None:
+    """Print the model's parameters and which of them train."""
+    model = run.model
+    total = model.num_parameters()
+    trainable = model.num_parameters(only_trainable=True)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    rows = embedding.shape[0]
+    say(
+        f"\n{type(model).__name__}: {total:,} parameters, {trainable:,} train ({trainable / total:.1%}); "
+        f"{'tied' if tied else 'untied'} embeddings of {rows:,} rows for {len(run.tokenizer):,} tokens"
+        + (f", {rows - len(run.tokenizer):,} of them spare" if rows > len(run.tokenizer) else "")
+    )
+
+
+def print_plan(run: Run, plan: StepPlan) -> None:
+    """Print rows, steps and tokens."""
+    args, block_size = run.args, run.recipe.data.block_size
+    per_epoch = sum(row.trained for row in run.corpus.ledger)
+    factors = [str(args.per_device_train_batch_size)]
+    factors += [str(n) for n in (args.gradient_accumulation_steps, args.world_size) if n > 1]
+    say(
+        f"{' × '.join(factors)} rows × {block_size:,} tokens = {plan.rows_per_step * block_size:,} tokens per "
+        f"optimizer step; {plan.rows:,} rows = {plan.steps_per_epoch:,} steps per epoch"
+    )
+    say(
+        f"{plan.steps:,} steps = {plan.epochs:.2f} epochs = about {per_epoch * plan.epochs:,.0f} label positions; "
+        f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value}, {args.get_warmup_steps(plan.steps):,} "
+        f"warm-up steps); {plan.evaluations:,} evaluations and {plan.checkpoints:,} checkpoints on the way"
+    )
+
+
+def print_memory(run: Run) -> None:
+    """Print an estimate of the memory that training takes on one device, and what the device has."""
+    inputs = run.corpus.collate([run.corpus.rows[0]]).keys()
+    parts = estimate_memory(run.model, run.args, run.task, run.recipe.data.block_size, inputs)
+    known = sum(size for size in parts.values() if size is not None)
+    rows = [[name, "unknown" if size is None else _in_gib(size)] for name, size in parts.items()]
+    table(
+        "Memory of training on one device, estimated",
+        ["what", "size"],
+        [*rows, ["together", _in_gib(known)]],
+    )
+    if parts["activations"] is None:
+        warn(
+            f"what {type(run.model).__name__} keeps for the backward pass cannot be counted without running it: "
+            f"`kit check --probe` does"
+        )
+    available = _available_memory(run.args.device, run.args.world_size)
+    if known > available:
+        warn(
+            f"that is more than the {available / _GIB:.1f} GiB there are: lower `training.per_device_train_batch_size`"
+        )
+
+
+def _in_gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _available_memory(device: torch.device, processes: int) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total / processes
+
+
+# ---- The probe
+
+
+def probe_run(run: Run, plan: StepPlan) -> None:
+    """Train two real steps, evaluate a few documents, save, load again and compare, in a folder that goes again."""
+    # Beside the token stores: neither where the run is going to be, nor where it would be looked for.
+    folder = from_main_process(lambda: tempfile.mkdtemp(prefix=".probe-", dir=run.recipe.data.store_dir))
+    preemption = Preemption()
+    stop_listening = preemption.install()
+    try:
+        _probe_in(Path(folder), run, plan, preemption)
+        barrier()  # the others may still be reading
+    finally:
+        stop_listening()
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) -> None:
+    directory = RunDirectory(folder)
+    recipe = run.recipe.model_copy(
+        update={
+            "training": run.recipe.training | {"report_to": "none"},
+            "run": run.recipe.run.model_copy(update={"resume": "never"}),
+        }
+    )
+    args, _ = make_training_arguments(recipe, run.task, directory.checkpoints)
+    sets = {name: documents.first(_PROBE_DOCUMENTS) for name, documents in run.corpus.sets.items()}
+    corpus = dataclasses.replace(run.corpus, sets=sets)
+    probe = dataclasses.replace(run, recipe=recipe, args=args, directory=directory, corpus=corpus)
+    stop = _StopAfter(_PROBE_STEPS, evaluate=bool(sets))
+    say()
+    run_training(probe, None, preemption, stop)
+    say(
+        f"probe: {len(stop.seconds)} steps ({', '.join(f'{s:.2f} s' for s in stop.seconds)}), an evaluation and a "
+        f"checkpoint of {_size_of(directory.checkpoints) / 2**20:,.0f} MiB; all {plan.steps:,} steps take about "
+        f"{_duration(stop.seconds[-1] * plan.steps)}, evaluations apart"
+    )
+    if is_main_process():
+        save_model(probe.model, probe.tokenizer, directory.model)
+        saved_model_difference(probe.model, directory.model)
+        say(f"probe: saved and loaded again, the model gives the same logits; at most {_peak_memory(args)} in use")
+
+
+class _StopAfter(TrainerCallback):
+    """Takes the time of each optimizer step, and ends the training with an evaluation and a checkpoint after a few.
+
+    So the steps are those of the run itself: a run with fewer would have another learning rate.
+    """
+
+    def __init__(self, steps: int, evaluate: bool) -> None:
+        self.steps, self.evaluate = steps, evaluate
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        if state.global_step >= min(self.steps, state.max_steps):
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = self.evaluate
+        return control
+
+
+def _peak_memory(args: TrainingArguments) -> str:
+    if args.device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / _GIB:.2f} GiB of GPU memory were"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / _GIB:.2f} GiB of memory, Python and its libraries included, were"
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

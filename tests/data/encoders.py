@@ -1,0 +1,38 @@
+"""Encoders that a worker process can import: each character is the token of its code point."""
+
+import os
+import signal
+import time
+
+
+def encode_characters(texts):
+    """Encode."""
+    return [[ord(character) for character in text] for text in texts]
+
+
+def encode_elsewhere(texts):
+    """Encode, with the number of this process as each document's first token."""
+    return [[os.getpid(), *map(ord, text)] for text in texts]
+
+
+def encode_and_kill(texts):
+    """Encode, but where a text is `kill` end this process as the system out of memory does."""
+    if "kill" in texts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode_characters(texts)
+
+
+def encode_and_fail(texts):
+    """Encode, but where a text is `fail` raise."""
+    if "fail" in texts:
+        raise ValueError("this cannot be encoded")
+    return encode_characters(texts)
+
+
+def encode_slowly(texts):
+    """Encode for a minute, and leave the number of this process in a file."""
+    if folder := os.environ.get("WORKERS"):
+        with open(os.path.join(folder, str(os.getpid())), "w"):
+            pass
+    time.sleep(60)
+    return encode_characters(texts)
