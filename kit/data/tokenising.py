@@ -22,7 +22,7 @@ _BATCH_CHARACTERS = 1 << 20
 # A very short document takes more memory for what its encoding has beside tokens than for its text.
 _BATCH_DOCUMENTS = 1 << 13
 # Until then one process has done it before others have started.
-_ALONE_CHARACTERS = 16 << 20
+_ALONE_CHARACTERS = 8 << 20
 
 
 @dataclass(frozen=True)

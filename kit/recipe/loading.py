@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -18,7 +19,21 @@ from kit.recipe.words import Problem
 from kit.recipe.yaml import write_yaml
 
 # What may differ between two runs without changing a number that they compute, beside all of `tracking`.
-_NOT_FOR_THE_NUMBERS = {"run": ("resume", "output_dir"), "data": ("store_dir",)}
+_NOT_FOR_THE_NUMBERS = {"run": ("resume", "output_dir"), "data": ("store_dir", "num_proc")}
+# How a step is computed, not what: a run that is out of memory goes on with others of these, equal but for rounding.
+_MANNER = {
+    "per_device_eval_batch_size",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "torch_empty_cache_steps",
+}
+_MICRO_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with Trainer's defaults
 _UNSET = object()
 _EMPTY = (None, (), [], {})
 
@@ -86,7 +101,8 @@ def _writable(section: Section) -> dict[str, Any]:
 def recipe_fingerprint(recipe: Recipe) -> str:
     """Return a hash (SHA-256, in hexadecimal) of everything in the recipe that affects the numbers of a run.
 
-    That is all of it but `run.resume`, `run.output_dir`, `tracking` and `data.store_dir`.
+    That is all of it but `run.resume`, `run.output_dir`, `tracking`, `data.store_dir`, `data.num_proc` and what only
+    says how a step is computed; of batch size and accumulation it is the product.
     """
     text = json.dumps(_normal(_flat(_affecting(recipe))), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -94,7 +110,18 @@ def recipe_fingerprint(recipe: Recipe) -> str:
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """Return lines such as `training.learning_rate: 1e-4 -> 2e-5`, over the keys that the fingerprint covers."""
-    before, after = _flat(_affecting(a)), _flat(_affecting(b))
+    return _differences(_flat(_affecting(a)), _flat(_affecting(b)))
+
+
+def differing_manner(a: Recipe, b: Recipe) -> list[str]:
+    """Return such lines over the keys of `training` that say how a step is computed, not what."""
+    keys = _MANNER | set(_MICRO_BATCH)
+    return _differences(
+        *({f"training.{key}": r.training[key] for key in sorted(keys & set(r.training))} for r in (a, b))
+    )
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys([*before, *after]))
     pairs = {name: (_show(before.get(name, _UNSET)), _show(after.get(name, _UNSET))) for name in names}
     return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
@@ -104,6 +131,10 @@ def _affecting(recipe: Recipe) -> dict[str, Any]:
     sections = {name: value for name, value in _plain(recipe).items() if name != "tracking"}
     for name, keys in _NOT_FOR_THE_NUMBERS.items():
         sections[name] = {key: value for key, value in sections[name].items() if key not in keys}
+    training = dict(sections.get("training", {}))
+    rows = math.prod(training.pop(name, default) for name, default in _MICRO_BATCH.items())
+    training = {key: value for key, value in training.items() if key not in _MANNER}
+    sections["training"] = training | {" × ".join(_MICRO_BATCH): rows}
     return {name: value for name, value in sections.items() if value not in _EMPTY}
 
 

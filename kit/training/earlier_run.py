@@ -1,10 +1,11 @@
 """What a folder that holds a run already means for the run that is to be started in it."""
 
+from kit.console import say
 from kit.data.corpus import sources_key
 from kit.errors import UserError
 from kit.files import hash_values
 from kit.model.loading import model_key
-from kit.recipe.loading import differing_keys, load_recipe
+from kit.recipe.loading import differing_keys, differing_manner, load_recipe
 from kit.recipe.models import Recipe, RunSection
 from kit.training.checkpoints import checkpoints_newest_first
 from kit.training.run_directory import RunDirectory
@@ -50,7 +51,10 @@ def check_same_recipe(recipe: Recipe, directory: RunDirectory) -> None:
     has_run = directory.is_finished() or checkpoints_newest_first(directory.checkpoints)
     if not has_run or not directory.recipe.is_file():
         return
-    if differences := differing_keys(load_recipe(directory.recipe), recipe):
+    earlier = load_recipe(directory.recipe)
+    if manner := differing_manner(earlier, recipe):
+        say(f"other settings of the same effect than before, which changes the rounding: {'; '.join(manner)}")
+    if differences := differing_keys(earlier, recipe):
         listed = "\n".join(f"  {difference}" for difference in differences)
         raise UserError(
             f"{directory.path}: holds a run of another recipe, which this one cannot go on with:\n{listed}\n"
