@@ -51,7 +51,8 @@ def main() -> None:
     options = parse_options()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     Path("runs").mkdir(exist_ok=True)
-    result: dict[str, Any] = {}
+    # What is not measured this time stays as it is in the file.
+    result: dict[str, Any] = json.loads(options.output.read_text()) if options.output.is_file() else {}
     with tempfile.TemporaryDirectory(prefix=".preparation-", dir="runs") as name:
         folder = Path(name).absolute()
         text = options.text or write_builtin_text(folder / "text.txt")

@@ -10,10 +10,13 @@ import inspect
 import re
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
+from kit.data.columns import LeftOut
 from kit.errors import UserError, did_you_mean
 from kit.files import hash_values
 
@@ -21,6 +24,8 @@ from kit.files import hash_values
 _LEAST_CHARACTERS = 80
 # Half a surrogate pair, which an escape in a literal can make, is nothing that a tokenizer takes.
 _SURROGATE = re.compile("[\ud800-\udfff]")
+UNPARSABLE = "file that does not parse"
+_HOLDERS = (ast.stmt, ast.excepthandler, ast.match_case)
 _NOT_DOCUMENTATION = {
     "test",
     "tests",
@@ -33,7 +38,8 @@ _NOT_DOCUMENTATION = {
 }
 
 
-def corpus_fingerprint(name: str, packages: Sequence[str]) -> str:
+@lru_cache
+def corpus_fingerprint(name: str, packages: tuple[str, ...]) -> str:
     """Return a hash of the names and sizes of the files that the corpus is read from."""
     # Installed files do not change but by another version: their content (150 MB for torch's) is not read for a key.
     listing = [
@@ -44,16 +50,13 @@ def corpus_fingerprint(name: str, packages: Sequence[str]) -> str:
     return hash_values(name, sorted(packages), _LEAST_CHARACTERS, listing)
 
 
-def read_corpus(name: str, packages: Sequence[str]) -> Iterator[str]:
-    """Yield the documents of a built-in corpus, each text once, in a stable order."""
-    seen: set[str] = set()
+@lru_cache(maxsize=4)  # a tokenizer that is trained reads it before the store does; a corpus has some megabytes
+def read_corpus(name: str, packages: tuple[str, ...]) -> tuple[str | LeftOut, ...]:
+    """Return the documents of a built-in corpus, each text once, in a stable order; and the files that do not parse."""
     topics = _read_topics() if name == "python-reference" else ()
     files = (path for root in _roots(name, packages) for path in _python_files(root))
-    for document in chain(topics, chain.from_iterable(map(_docstrings, files))):
-        # Overloads and aliases carry the same docstring many times over.
-        if document not in seen:
-            seen.add(document)
-            yield document
+    # Overloads and aliases carry the same docstring many times over.
+    return tuple(dict.fromkeys(chain(topics, chain.from_iterable(map(_docstrings, files)))))
 
 
 def _roots(name: str, packages: Sequence[str]) -> list[Path]:
@@ -87,16 +90,29 @@ def _read_topics() -> Iterator[str]:
                 yield text.strip()
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def _docstrings(path: Path) -> Iterator[str | LeftOut]:
     try:
         # Old code holds escapes that the parser warns of; they are not ours to mend.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError):
-        return  # templates and files for other Python versions
-    for node in ast.walk(tree):
+        yield LeftOut(UNPARSABLE, str(path))  # a template, or a file for other Python versions
+        return
+    for node in _blocks(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
             if len(text) > _LEAST_CHARACTERS and not _SURROGATE.search(text):
                 yield text
+
+
+def _blocks(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the nodes that hold statements, in the order of `ast.walk`, which also visits each of their expressions."""
+    waiting = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in node._fields:
+            children = getattr(node, name)
+            if isinstance(children, list):
+                waiting.extend(child for child in children if isinstance(child, _HOLDERS))

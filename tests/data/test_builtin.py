@@ -12,6 +12,8 @@ from pathlib import Path
 import filelock
 import pytest
 
+from kit.data import builtin
+from kit.data.columns import LeftOut
 from kit.data.sources import read_documents, source_fingerprint
 from kit.errors import UserError
 from kit.recipe.data import Source
@@ -22,11 +24,23 @@ LONG = "This sentence is longer than the eighty characters that a docstring must
 READ_IN_ANOTHER_PROCESS = """
 import json, sys
 from itertools import islice
+from kit.data import builtin
+from kit.data.columns import LeftOut
 from kit.data.sources import read_documents
 from kit.recipe.data import Source
 documents = list(islice(read_documents(Source(builtin="python-reference")), 500))
 print(json.dumps([documents, sorted(sys.modules)]))
 """
+
+
+@pytest.fixture(autouse=True)
+def _read_anew():
+    """Installed files do not change while a process runs; here they do."""
+    builtin.corpus_fingerprint.cache_clear()
+    builtin.read_corpus.cache_clear()
+    yield
+    builtin.corpus_fingerprint.cache_clear()
+    builtin.read_corpus.cache_clear()
 
 
 @pytest.fixture
@@ -56,7 +70,8 @@ def test_topics_and_docstrings_come_once_each_and_in_order(fake_stdlib):
     source = Source(builtin="python-reference")
     topics = ["About if.", "About for.", LONG]
     expected = [*topics, f"{LONG} b", f"{LONG} C", f"{LONG} f", f"{LONG} i"]
-    assert list(read_documents(source)) == expected
+    unparsable = LeftOut("file that does not parse", str(fake_stdlib / "python2.py"))
+    assert list(read_documents(source)) == [*expected, unparsable]
     assert not (fake_stdlib.parent / "imported").exists()
 
 
@@ -65,6 +80,7 @@ def test_fingerprint_follows_the_files(fake_stdlib):
     before = source_fingerprint(source)
     assert source_fingerprint(source) == before
     (fake_stdlib / "new.py").write_text(f'"""{LONG} new"""')
+    builtin.corpus_fingerprint.cache_clear()
     assert source_fingerprint(source) != before
 
 

@@ -59,7 +59,7 @@ def edited(text, rng):
 def texts():
     """Docstrings and edited copies, up to three of one and in any order."""
     rng = random.Random(0)
-    originals = sorted(text for text in read_corpus("docstrings", ["accelerate"]) if len(text.split()) > 20)
+    originals = sorted(text for text in read_corpus("docstrings", ("accelerate",)) if len(text.split()) > 20)
     originals = rng.sample(originals, min(200, len(originals)))
     copies = [edited(text, rng) for text in originals for _ in range(rng.choice([0, 1, 1, 3]))]
     together = originals + copies
