@@ -83,7 +83,7 @@ def _check_folder(recipe: Recipe, directory: RunDirectory, seed: int) -> tuple[s
     """
     directory.check()
     recipe = recipe.model_copy(update={"run": effective_resume(recipe, directory)})
-    finished = recipe.run.resume != "never" and is_finished(recipe, directory, seed)
+    finished = is_finished(recipe, directory, seed)
     status = read_status(directory.path)
     state = "a new run" if status == "missing" else f"holds a run: {status}"
     return recipe.run.resume, f"{state}: nothing is left to do" if finished else state
@@ -181,10 +181,11 @@ def print_plan(run: Run, plan: StepPlan) -> None:
         f"{' × '.join(factors)} rows × {block_size:,} tokens = {plan.rows_per_step * block_size:,} tokens per "
         f"optimizer step; {plan.rows:,} rows = {plan.steps_per_epoch:,} steps per epoch"
     )
+    evaluations, checkpoints = plan.stops
     say(
         f"{plan.steps:,} steps = {plan.epochs:.2f} epochs = about {per_epoch * plan.epochs:,.0f} label positions; "
         f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value}, {args.get_warmup_steps(plan.steps):,} "
-        f"warm-up steps); {plan.evaluations:,} evaluations and {plan.checkpoints:,} checkpoints on the way"
+        f"warm-up steps); {evaluations:,} evaluations and {checkpoints:,} checkpoints on the way"
     )
 
 

@@ -40,7 +40,14 @@ from kit.training.memory import out_of_memory_explained
 from kit.training.plan import plan_steps
 from kit.training.preemption import Preempted, Preemption
 from kit.training.run_directory import RunDirectory, read_status
-from kit.training.topology import barrier, check_topology, describe, from_main_process, local_main_process_first
+from kit.training.topology import (
+    barrier,
+    check_agreement,
+    check_topology,
+    describe,
+    from_main_process,
+    local_main_process_first,
+)
 from kit.training.trainer import KitTrainer
 
 _BEFORE_FORMAT = 1  # raise it whenever a figure is computed in another way
@@ -62,7 +69,9 @@ def train(recipe_path: str, overrides: list[str]) -> None:
         check_topology(args)
         asked = recipe
         recipe = asked.model_copy(update={"run": from_main_process(lambda: effective_resume(asked, directory))})
-        if from_main_process(lambda: is_finished(recipe, directory, args.seed)):
+        if recipe.run.resume == "never":
+            from_main_process(directory.move_aside)
+        elif from_main_process(lambda: is_finished(recipe, directory, args.seed)):
             print_scorecard(read_json(directory.scorecard))
             say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
             return
@@ -164,10 +173,14 @@ def prepare_run(
     task.check_early(recipe)
 
     def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus]:
-        tokenizer = task.prepare_tokenizer(recipe)
-        return tokenizer, task.prepare_examples(recipe, tokenizer, args.seed)
+        try:
+            tokenizer = task.prepare_tokenizer(recipe)
+            return tokenizer, task.prepare_examples(recipe, tokenizer, args.seed)
+        except MemoryError as error:
+            raise UserError(f"out of memory while the data is prepared ({error}); lower `data.num_proc`") from error
 
     tokenizer, corpus = local_main_process_first(prepare_data)
+    check_agreement("the same data", corpus.key, tokenizer_key(tokenizer))
     if not measures_only:
         describe_special_tokens(tokenizer)
         print_ledger(corpus.ledger)

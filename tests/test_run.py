@@ -1,8 +1,11 @@
 """`kit train` from recipe to scorecard: what it writes, what it repeats, what it refuses."""
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kit import run
 from kit.errors import UserError
 from kit.recipe.loading import load_recipe
+from tests.harness import run_kit
 from tests.material import documents
 
 EVALUATED = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
@@ -98,6 +102,48 @@ def test_resolved_recipe_repeats_the_run(write_recipe, tmp_path):
     assert read(tmp_path / "again/scorecard.json") == read(tmp_path / "run/scorecard.json")
     for name in ("model/model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet", "txt.gz"])
+def test_a_run_on_any_format_can_be_measured_and_repeated_from_its_folder(write_recipe, tmp_path, suffix):
+    """The recipe that it keeps names every default; none of them may contradict the format."""
+    texts = documents(60, seed=4)
+    path = tmp_path / f"corpus.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif suffix == "parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    elif suffix == "txt.gz":
+        path.write_bytes(gzip.compress("\n".join(texts).encode()))
+    else:
+        path.write_text("text\n" + "\n".join(texts) + "\n")
+    source = {"path": str(path), **({"sample_by": "line"} if suffix == "txt.gz" else {})}
+    recipe = write_recipe(data={"train": [source], "validation": {"fraction": 0.2}})
+    run.train(str(recipe), [])
+    run.evaluate(str(tmp_path / "run"), [], None, str(tmp_path / "figures.json"))
+    figures = read(tmp_path / "figures.json")["sets"]["domain"]["bits_per_byte"]
+    assert figures == read(tmp_path / "run/scorecard.json")["sets"]["domain"]["after"]["bits_per_byte"]
+    run.train(str(tmp_path / "run/recipe.yaml"), [f"run.output_dir={tmp_path / 'again'}"])
+    assert read(tmp_path / "again/scorecard.json") == read(tmp_path / "run/scorecard.json")
+
+
+def _other_text_on_rank_1():
+    """What a file that grows between one process and the next comes to."""
+    import os
+
+    from kit.data import corpus
+
+    original = corpus.read_documents
+    if os.environ["RANK"] == "1":
+        corpus.source_fingerprint = lambda source: "another"
+        corpus.read_documents = lambda source: [*original(source), "one document more"]
+
+
+def test_processes_with_different_data_are_refused(write_recipe, tmp_path):
+    output = tmp_path / "output"
+    recipe = write_recipe()
+    assert run_kit(["train", recipe], processes=2, change=_other_text_on_rank_1, output=output) == [2, 2]
+    assert output.read_text().count("the processes do not have the same data: process 1 has another") == 1
 
 
 def test_finished_run_is_not_run_again(write_recipe, tmp_path, capsys):

@@ -22,9 +22,10 @@ from kit.recipe.data import DataSection, EvaluationOverlap, NearDuplicates
 ALSO_EVALUATED = "also in evaluation"
 EXACT_DUPLICATE = "exact duplicate"
 NEAR_DUPLICATE = "near-duplicate"
+NEAR_EVALUATED = "near-duplicate of evaluation"
 OVERLAP = "overlaps evaluation"
 
-_FORMAT = 2  # raise it whenever other documents are found
+_FORMAT = 3  # raise it whenever other documents are found
 _MOST_EXAMPLES = 3
 _EXCERPT_TOKENS = 40
 _EXCERPT_CHARACTERS = 100
@@ -33,7 +34,7 @@ _NEAR = np.dtype([("document", np.int64), ("earlier", np.int64), ("similarity", 
 _SHARED = np.dtype([("document", np.int64), ("shared", np.int64), ("set", np.int64), ("at", np.int64)])
 
 Decode = Callable[[Sequence[int]], str]
-Documents = Sequence[tuple[TokenStore, np.ndarray]]
+Selections = Sequence[tuple[TokenStore, np.ndarray]]
 Example = dict[str, Any]
 
 
@@ -54,7 +55,9 @@ class Cleaned:
     examples: dict[str, list[Example]] = field(default_factory=dict)
 
 
-def clean(documents: Documents, measured: Mapping[str, Documents], data: DataSection, decode: Decode) -> list[Cleaned]:
+def clean(
+    documents: Selections, measured: Mapping[str, Selections], data: DataSection, decode: Decode
+) -> list[Cleaned]:
     """Leave out of each source's training documents what the recipe does not want there.
 
     Args:
@@ -63,7 +66,7 @@ def clean(documents: Documents, measured: Mapping[str, Documents], data: DataSec
         data: says which causes apply.
         decode: token ids to text.
     """
-    corpus = _Documents([Cleaned(store, chosen) for store, chosen in documents], decode)
+    corpus = _TrainingDocuments([Cleaned(store, chosen) for store, chosen in documents], decode)
     # A document that is measured on must not be trained on, wherever else it occurs: measurements would flatter.
     hashes = {name: np.concatenate([s.hashes[d] for s, d in pairs]) for name, pairs in measured.items()}
     texts = corpus.hashes
@@ -72,17 +75,17 @@ def clean(documents: Documents, measured: Mapping[str, Documents], data: DataSec
     def holding_sets(index: int) -> Example:
         return {"sets": [name for name, of_set in hashes.items() if texts[index] in of_set]}
 
-    corpus.drop(ALSO_EVALUATED, evaluated, holding_sets)
+    corpus.drop({ALSO_EVALUATED: evaluated}, holding_sets)
     if data.exact_duplicates == "drop":
         _drop_exact_duplicates(corpus)
     if data.near_duplicates is not None:
-        _drop_near_duplicates(corpus, data.near_duplicates, data.store_dir)
+        _drop_near_duplicates(corpus, measured, data.near_duplicates, data.store_dir)
     if data.evaluation_overlap is not None:
         _drop_overlap(corpus, measured, data.evaluation_overlap, data.store_dir)
     return corpus.sources
 
 
-class _Documents:
+class _TrainingDocuments:
     """The training documents of all sources under one running number, which changes with every `drop`."""
 
     def __init__(self, sources: list[Cleaned], decode: Decode) -> None:
@@ -115,22 +118,24 @@ class _Documents:
         text = " ".join(beginning.rstrip("\ufffd").split())  # the last character may be cut
         return text if len(text) <= _EXCERPT_CHARACTERS else text[: _EXCERPT_CHARACTERS - 1] + "…"
 
-    def drop(self, cause: str, indices: np.ndarray, explain: Callable[[int], Example]) -> None:
-        """Take documents out of their sources; `explain` says of an example what it was compared to."""
-        start, changed = 0, []
+    def drop(self, indices_of: Mapping[str, np.ndarray], explain: Callable[[int], Example]) -> None:
+        """Take documents out of their sources, by cause; `explain` says of an example what it was compared to."""
+        start, gone = 0, []
         for source in self.sources:
-            inside = indices[(indices >= start) & (indices < start + len(source.documents))]
-            if len(inside):
-                examples = [{"text": self.excerpt(i), **explain(i)} for i in inside[:_MOST_EXAMPLES].tolist()]
-                changed.append((source, inside - start, examples))
+            everything = []
+            for cause, indices in indices_of.items():
+                inside = indices[(indices >= start) & (indices < start + len(source.documents))]
+                if len(inside):
+                    examples = [{"text": self.excerpt(i), **explain(i)} for i in inside[:_MOST_EXAMPLES].tolist()]
+                    source.dropped[cause], source.examples[cause] = source.documents[inside - start], examples
+                    everything.append(inside - start)
             start += len(source.documents)
-        for source, positions, examples in changed:  # at the end: `explain` still counts the old way
-            source.dropped[cause] = source.documents[positions]
-            source.examples[cause] = examples
+            gone.append(np.concatenate([np.zeros(0, dtype=np.int64), *everything]))
+        for source, positions in zip(self.sources, gone, strict=True):  # at the end: `explain` counts the old way
             source.documents = np.delete(source.documents, positions)
 
 
-def _drop_exact_duplicates(corpus: _Documents) -> None:
+def _drop_exact_duplicates(corpus: _TrainingDocuments) -> None:
     """Leave out documents with the text of an earlier one."""
     hashes = corpus.hashes
     if not len(hashes):
@@ -139,29 +144,54 @@ def _drop_exact_duplicates(corpus: _Documents) -> None:
     later = np.ones(len(hashes), dtype=bool)
     later[first] = False
     corpus.drop(
-        EXACT_DUPLICATE,
-        np.flatnonzero(later),
+        {EXACT_DUPLICATE: np.flatnonzero(later)},
         lambda index: {"times": int(times[np.searchsorted(unique, hashes[index])])},
     )
 
 
-def _drop_near_duplicates(corpus: _Documents, settings: NearDuplicates, store_dir: str) -> None:
-    """Leave out documents that are almost equal to an earlier one."""
+def _drop_near_duplicates(
+    corpus: _TrainingDocuments, measured: Mapping[str, Selections], settings: NearDuplicates, store_dir: str
+) -> None:
+    """Leave out documents that are almost equal to one of an evaluation set, or to an earlier one."""
+    # The documents of evaluation sets come first: training documents are compared with them, and never the other way.
+    evaluated = _TrainingDocuments([Cleaned(*pair) for pairs in measured.values() for pair in pairs], corpus.decode)
+    of_sets = np.cumsum([sum(len(chosen) for _, chosen in pairs) for pairs in measured.values()])
+    fixed = len(evaluated)
+
+    def place(index: int) -> tuple[_TrainingDocuments, int]:
+        return (evaluated, index) if index < fixed else (corpus, index - fixed)
+
+    def text_of(index: int) -> str:
+        documents, own_index = place(index)
+        return documents.text(own_index)
 
     def find() -> list[tuple[int, int, float]]:
-        return find_near_duplicates(len(corpus), corpus.text, settings.threshold, settings.ngram)
+        found = find_near_duplicates(fixed + len(corpus), text_of, settings.threshold, settings.ngram, fixed)
+        return [(document - fixed, earlier, similarity) for document, earlier, similarity in found]
 
-    found = _found_once(store_dir, [NEAR_DUPLICATE, corpus.key, settings.model_dump()], _NEAR, find)
+    key = [NEAR_DUPLICATE, corpus.key, evaluated.key, settings.model_dump()]
+    found = _found_once(store_dir, key, _NEAR, find)
 
     def explain(index: int) -> Example:
         pair = found[np.searchsorted(found["document"], index)]
-        return {"like": corpus.excerpt(int(pair["earlier"])), "similarity": round(float(pair["similarity"]), 3)}
+        documents, earlier = place(int(pair["earlier"]))
+        example = {"like": documents.excerpt(earlier), "similarity": round(float(pair["similarity"]), 3)}
+        if documents is evaluated:
+            example["set"] = list(measured)[int(np.searchsorted(of_sets, earlier, side="right"))]
+        return example
 
-    corpus.drop(NEAR_DUPLICATE, found["document"], explain)
+    like_evaluated = found["earlier"] < fixed
+    corpus.drop(
+        {
+            NEAR_EVALUATED: found["document"][like_evaluated],
+            NEAR_DUPLICATE: found["document"][~like_evaluated],
+        },
+        explain,
+    )
 
 
 def _drop_overlap(
-    corpus: _Documents, measured: Mapping[str, Documents], settings: EvaluationOverlap, store_dir: str
+    corpus: _TrainingDocuments, measured: Mapping[str, Selections], settings: EvaluationOverlap, store_dir: str
 ) -> None:
     """Leave out documents that share word n-grams with an evaluation set."""
     n, names = settings.ngram, list(measured)
@@ -189,10 +219,10 @@ def _drop_overlap(
         _, shared, where, at = found[np.searchsorted(found["document"], index)].tolist()
         return {"set": names[where], "shared": shared, "ngram": " ".join(words_of(corpus.text(index))[at : at + n])}
 
-    corpus.drop(OVERLAP, found["document"], explain)
+    corpus.drop({OVERLAP: found["document"]}, explain)
 
 
-def _ngrams_of(documents: Documents, n: int, decode: Decode) -> np.ndarray:
+def _ngrams_of(documents: Selections, n: int, decode: Decode) -> np.ndarray:
     """Return the hashes of all word n-grams of some documents, sorted."""
     texts = (decode(store.document(i).tolist()) for store, chosen in documents for i in chosen.tolist())
     return np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *(ngram_hashes(words_of(t), n) for t in texts)]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from kit.console import say
 from kit.data.readers import format_of
-from kit.errors import UserError, nearest
+from kit.errors import UserError, suggest
 from kit.recipe.data import Source
 
 BAD_TEXT = "unusable text"
@@ -21,11 +21,11 @@ class LeftOut:
 
     Attributes:
         cause: why.
-        where: file and line, or row.
+        where: file and line, or row; empty where it does not matter.
     """
 
     cause: str
-    where: str
+    where: str = ""
 
 
 class TextOfRow:
@@ -42,7 +42,6 @@ class TextOfRow:
 
     def __init__(self, source: Source, columns: Mapping[str, bool], where: str) -> None:
         """Decide which columns make the text."""
-        self._parts = [("", "")]
         if source.template is not None:
             self._parts = [(literal, name) for literal, name, _, _ in Formatter().parse(source.template)]
         else:
@@ -53,7 +52,7 @@ class TextOfRow:
             if name not in columns:
                 key = "template" if source.template is not None else "text_column"
                 listed = ", ".join(f"`{column[:40]}`" for column in columns) or "none"
-                raise UserError(f"{where}: no column `{name}` (`{key}`); columns: {listed}{_near(name, columns)}")
+                raise UserError(f"{where}: no column `{name}` (`{key}`); columns: {listed}{suggest(name, columns)}")
 
     @property
     def columns(self) -> list[str]:
@@ -109,11 +108,6 @@ def _find_text_column(source: Source, columns: Mapping[str, bool], where: str) -
 @cache
 def _announce(source: str, column: str) -> None:
     say(f"{source}: the text is column `{column}`, the only one that holds any")  # once, however many files there are
-
-
-def _near(name: str, columns: Mapping[str, bool]) -> str:
-    best = nearest(name, columns)
-    return f"; did you mean `{best}`?" if best else ""
 
 
 def _is_number(value: Any) -> bool:

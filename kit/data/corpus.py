@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from kit.console import warn
+from kit.console import say, warn
 from kit.data.blocks import CollateRows, TokenRows, TrainPart, select_blocks
-from kit.data.cleaning import ALSO_EVALUATED, Cleaned, Documents, clean
+from kit.data.cleaning import ALSO_EVALUATED, Cleaned, Selections, clean
 from kit.data.columns import LeftOut
 from kit.data.ledger import LedgerRow, account, enter_shares
-from kit.data.sources import hash_text, read_documents, source_fingerprint
+from kit.data.sources import hash_text, read_documents, source_fingerprint, watch
 from kit.data.splits import choose_documents, held_out
 from kit.data.store import TokenStore, open_store
 from kit.data.tokenising import Encode
@@ -23,6 +23,7 @@ from kit.recipe.models import EvaluationSet
 
 DEFAULT_SET = "domain"
 _LITTLE_TEXT = 1_000_000  # bytes
+_CHARACTERS_PER_TOKEN = 6
 
 
 @dataclass(frozen=True)
@@ -209,12 +210,19 @@ def _check_left(source: Cleaned) -> None:
 
 
 def training_documents(data: DataSection) -> Iterator[str]:
-    """Yield the texts of the training split, for whatever has to be learned from them before tokens exist."""
+    """Yield the texts of the training split, for whatever has to be learned from them before tokens exist.
+
+    Of a source with `max_tokens` no more is read than so many tokens may take.
+    """
+    validation = data.validation
     for source in data.train:
+        characters = 0
         for text in read_documents(source):
-            validation = data.validation
             if isinstance(text, LeftOut):
                 continue
+            characters += len(text)
+            if source.max_tokens is not None and characters > _CHARACTERS_PER_TOKEN * source.max_tokens:
+                break
             if isinstance(validation, ValidationFraction):
                 digest = np.array([hash_text(text)], dtype=np.uint64)
                 if held_out(digest, validation.fraction, validation.seed).any():
@@ -234,11 +242,12 @@ def training_documents_key(data: DataSection) -> str:
     """Return a hash of what `training_documents` yields."""
     validation = data.validation
     split = validation.model_dump() if isinstance(validation, ValidationFraction) else None
-    return hash_values([source_fingerprint(source) for source in data.train], split)
+    return hash_values([(source_fingerprint(source), source.max_tokens) for source in data.train], split)
 
 
 def _open(data: DataSection, source: Source, coding: TokenCoding) -> TokenStore:
-    return open_store(
+    check_unchanged = watch(source)  # before the fingerprint, which may take a while
+    store = open_store(
         data.store_dir,
         source.name,
         source_fingerprint(source),
@@ -248,8 +257,12 @@ def _open(data: DataSection, source: Source, coding: TokenCoding) -> TokenStore:
         coding.eos_token_id,
         coding.vocab_size,
         source.max_tokens,
-        data.num_proc or len(os.sched_getaffinity(0)),
+        data.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        check_unchanged,
     )
+    # How many documents a dataset has beyond its first ones is not read.
+    first_ones = source.dataset is not None and store.num_documents == source.max_documents
+    return replace(store, stopped=store.stopped or first_ones)
 
 
 def _split(
@@ -275,7 +288,7 @@ def _split(
 
 
 def _evaluation_set(
-    name: str, wanted: EvaluationSet, data: DataSection, coding: TokenCoding, of_splits: Mapping[str, Documents]
+    name: str, wanted: EvaluationSet, data: DataSection, coding: TokenCoding, of_splits: Mapping[str, Selections]
 ) -> EvaluationDocuments:
     """Return the documents of an evaluation set: of a split, or of sources of its own."""
     split = wanted.data_split
@@ -292,7 +305,11 @@ def _evaluation_set(
             f"evaluation set `{name}` is empty: {what} holds no document. Cut "
             f"the sources into more documents (`sample_by`, `separator`), or give `data.validation` its own files"
         )
-    return EvaluationDocuments(name, tuple(chosen))
+    documents = EvaluationDocuments(name, tuple(chosen))
+    different = len(np.unique(documents.hashes))
+    if different < len(documents.lengths):
+        say(f"evaluation set `{name}`: {len(documents.lengths):,} documents, of which {different:,} are different")
+    return documents
 
 
 def _documents_of(wanted: EvaluationSet, store: TokenStore) -> np.ndarray:
@@ -301,7 +318,7 @@ def _documents_of(wanted: EvaluationSet, store: TokenStore) -> np.ndarray:
     return everything if wanted.fraction is None else everything[held_out(store.hashes, wanted.fraction, wanted.seed)]
 
 
-def _choose(pairs: Documents, most: int | None) -> Documents:
+def _choose(pairs: Selections, most: int | None) -> Selections:
     """Take at most `most` documents over all stores, by their hash."""
     if most is None:
         return pairs

@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from kit.data.readers import Rows, columns_of, hash_content
-from kit.errors import UserError, did_you_mean, nearest
+from kit.errors import UserError, did_you_mean, suggest
 from kit.files import hash_values
 from kit.network import why_offline
 from kit.recipe.data import Source
@@ -49,7 +51,7 @@ def open_dataset(source: Source) -> tuple[Any, dict[str, bool]]:
         raise UserError(f"data source `{source.dataset}`: is no folder here, and the Hub cannot be reached ({offline})")
     with _explained(source):
         if folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            dataset = datasets.load_from_disk(str(folder))
+            dataset = datasets.load_from_disk(str(folder)).with_format(None)  # it may have been saved with one
             if isinstance(dataset, datasets.DatasetDict):
                 if split not in dataset:
                     raise _no_split(source, split, list(dataset))
@@ -126,10 +128,25 @@ def _resolve_commit(dataset: str, revision: str | None) -> str:
 
 
 def _no_split(source: Source, split: str, available: list[str]) -> UserError:
-    best = nearest(split, available)
-    hint = f"; did you mean `{best}`?" if best else ""
     listed = f"available: {', '.join(available)}" if available else "it was saved without splits, so leave `split` out"
-    return UserError(f"data source `{source.dataset}`: no split `{split}`; {listed}{hint}")
+    return UserError(f"data source `{source.dataset}`: no split `{split}`; {listed}{suggest(split, available)}")
+
+
+def _unusable() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client, `datasets` and the formats that it reads raise; anything else is our fault."""
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+
+    return (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        NotImplementedError,
+        DatasetsError,
+        HTTPError,
+        pa.ArrowException,
+    )
 
 
 @contextmanager
@@ -139,7 +156,7 @@ def _explained(source: Source) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # of a dozen kinds: of the Hub's client, of `datasets`, of the formats that it reads
+    except _unusable() as error:
         reason = " ".join(str(error).split())
         if type(error).__name__ == "LocalEntryNotFoundError" or isinstance(error, ConnectionError):
             from huggingface_hub import constants
@@ -155,9 +172,8 @@ def _explained(source: Source) -> Iterator[None]:
             raise _no_split(source, source.split or "train", available) from error
         elif found := re.search(r"BuilderConfig '.*?' not found\. Available: \[(.*?)\]", reason):
             available = [name.strip(" '\"") for name in found[1].split(",")]
-            best = nearest(source.config or "", available)
             reason = f"no config `{source.config}`; available: {', '.join(available)}"
-            reason += f"; did you mean `{best}`?" if best else ""
+            reason += suggest(source.config or "", available)
         elif found := re.search(r"Config name is missing.*?available configs: \[(.*?)\]", reason):
             reason = f"it has several configurations, name one with `config`: {found[1]}"
         raise UserError(f"data source `{source.dataset}`: {reason[:600]}") from error

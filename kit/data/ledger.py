@@ -8,12 +8,12 @@ import numpy as np
 
 from kit.console import say, table, warn
 from kit.data.blocks import TrainPart
-from kit.data.cleaning import ALSO_EVALUATED, EXACT_DUPLICATE, NEAR_DUPLICATE, OVERLAP, Cleaned, Example
+from kit.data.cleaning import ALSO_EVALUATED, EXACT_DUPLICATE, NEAR_DUPLICATE, NEAR_EVALUATED, OVERLAP, Cleaned, Example
 from kit.errors import UserError
 
 BEYOND_SHARE = "beyond its share"
 # What a recipe asks to leave out, by a share or by a key of its own.
-ASKED_FOR = {BEYOND_SHARE, EXACT_DUPLICATE, NEAR_DUPLICATE, OVERLAP}
+ASKED_FOR = {BEYOND_SHARE, EXACT_DUPLICATE, NEAR_DUPLICATE, NEAR_EVALUATED, OVERLAP}
 
 # A small source with a large share is learned by heart.
 _OFTEN = 3
@@ -159,6 +159,9 @@ def print_ledger(ledger: Sequence[LedgerRow]) -> None:
         for cause, entry in row.dropped_documents.items():
             example = entry["examples"][0]
             say(f"  {entry['documents']:,} {cause}, such as `{example['text']}`: {_explanation(cause, example)}")
+    for name, share, wanted in shares:
+        if not share:
+            warn(f"{name}: a share of {wanted:.2%} is less than half a block of so little text: nothing of it trains")
     for row in ledger:
         if row.repeated > _OFTEN * row.read:
             warn(f"{row.source}: its share has it read {row.trained / row.read:.0f} times an epoch")
@@ -170,8 +173,9 @@ def _explanation(cause: str, example: Example) -> str:
         return "in " + ", ".join(f"`{name}`" for name in example["sets"])
     if cause == EXACT_DUPLICATE:
         return f"{example['times']:,} times in all"
-    if cause == NEAR_DUPLICATE:
-        return f"{example['similarity']:.2f} like `{example['like']}`"
+    if cause in (NEAR_DUPLICATE, NEAR_EVALUATED):
+        where = f" in `{example['set']}`" if cause == NEAR_EVALUATED else ""
+        return f"{example['similarity']:.2f} like `{example['like']}`{where}"
     return f"{example['shared']:,} n-grams of `{example['set']}`, such as `{example['ngram']}`"
 
 

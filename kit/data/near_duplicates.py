@@ -17,13 +17,13 @@ _FACTORS = np.random.default_rng(0).integers(0, 1 << 64, _PERMUTATIONS, dtype=np
 
 
 def find_near_duplicates(
-    count: int, text_of: Callable[[int], str], threshold: float, ngram: int
+    count: int, text_of: Callable[[int], str], threshold: float, ngram: int, fixed: int = 0
 ) -> list[tuple[int, int, float]]:
     """Find the documents that are almost equal to an earlier one that is kept.
 
     Two documents are compared by the Jaccard similarity of their sets of word n-grams; one of fewer than `ngram` words
     is a single n-gram. Locality-sensitive hashing of MinHash signatures (Broder 1997, doi:10.1109/SEQUEN.1997.666900)
-    proposes pairs, in bands so narrow that it misses one pair in ten thousand at the threshold and fewer above it;
+    proposes pairs, in bands so narrow that it misses three pairs in ten thousand at the threshold and fewer above it;
     pairs whose signatures differ too much are no candidates. What is left is compared exactly, so nothing below the
     threshold is ever taken. A document takes 8 bytes of memory for each band (25 at a threshold of 0.8) and 128 more,
     and its text is read a second time only where it has a candidate.
@@ -33,6 +33,7 @@ def find_near_duplicates(
         text_of: the text of a document.
         threshold: similarity from which a document is a near-duplicate.
         ngram: words per n-gram.
+        fixed: the first so many documents are kept, whatever they are like: others are compared with them.
 
     Returns:
         (document, the earlier one that it is almost equal to, similarity), in order of the documents.
@@ -52,7 +53,8 @@ def find_near_duplicates(
     grouped = np.flatnonzero((sizes > 0) & (bands != _ALONE).any(axis=0)).tolist()  # size 0: punctuation alone
     for document in progress(grouped, "comparing near-duplicates", total=len(grouped)):
         groups = [(of, group) for of, group in zip(kept, bands[:, document].tolist(), strict=True) if group != _ALONE]
-        others = np.array(sorted(set().union(*(of.get(group, ()) for of, group in groups))), dtype=np.int64)
+        earlier = set().union(*(of.get(group, ()) for of, group in groups)) if document >= fixed else ()
+        others = np.array(sorted(earlier), dtype=np.int64)
         # Sets of different sizes cannot be more similar than this.
         bound = np.minimum(sizes[others], sizes[document]) / np.maximum(sizes[others], sizes[document])
         others = others[bound >= threshold]

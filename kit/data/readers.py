@@ -177,8 +177,9 @@ def read_jsonl(path: Path, encoding: str) -> Rows:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
+                array = ", and the file begins with an array" if number == 1 and line.lstrip().startswith("[") else ""
                 raise UserError(
-                    f"{where}: not JSON: {error.msg} at character {error.pos + 1}; expected one object a line"
+                    f"{where}: not JSON: {error.msg} at character {error.pos + 1}; expected one object a line{array}"
                 ) from None
             except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
                 raise UserError(f"{where}: cannot be read as JSON: {error}") from None

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from kit.recipe.data import Source
 EMPTY = "empty"
 SHORT = "shorter than min_characters"
 LONG = "longer than max_characters"
+NOT_CHOSEN = "beyond max_documents"
+_FIRST_ROWS = 100
 
 # Of these a source's documents are made; where it lies and what share it has make no difference.
 _CONTENT_KEYS = [name for name in Source.model_fields if name not in ("path", "dataset", "revision", "max_tokens")]
@@ -36,22 +38,19 @@ _KEYS_OF_FORMAT = {
 
 
 def read_documents(source: Source) -> Iterator[str | LeftOut]:
-    """Yield the documents of a source in a stable order, verbatim but for the line breaks around them.
+    """Yield the documents of a source in a stable order: of text files without line breaks around them, of rows as is.
 
     What the source's filters leave out is yielded as `LeftOut`, so that whoever stores the documents counts it.
 
     Raises:
-        UserError: the source cannot be read, or has changed while it was.
+        UserError: the source cannot be read.
     """
-    before = _file_states(source)
     if source.max_documents is None:
         yield from _documents(source)
     elif source.dataset:
         yield from _first_documents(source)
     else:
         yield from _chosen_documents(source)
-    if _file_states(source) != before:
-        raise UserError(f"data source `{source.name}`: changed while it was read; start again once it is at rest")
 
 
 def hash_text(text: str) -> int:
@@ -98,12 +97,25 @@ def _why_missing(path: Path) -> str:
 def _format(source: Source, path: Path) -> str:
     format = source.format or readers.format_of(path)
     every_key = set().union(*_KEYS_OF_FORMAT.values())
-    if ignored := sorted((every_key - _KEYS_OF_FORMAT[format]) & source.written()):
+    # A recipe that is written back names the defaults too.
+    written = {key for key in source.written() if getattr(source, key) != type(source).model_fields[key].default}
+    if ignored := sorted((every_key - _KEYS_OF_FORMAT[format]) & written):
         raise UserError(
             f"data source `{source.path}`: `{ignored[0]}` says nothing about {path.name}, which is {format} "
             f"(`format` says otherwise)"
         )
     return format
+
+
+def watch(source: Source) -> Callable[[], None]:
+    """Return a function that refuses a source whose files have changed since: its key and its content would differ."""
+    before = _file_states(source)
+
+    def check_unchanged() -> None:
+        if _file_states(source) != before:
+            raise UserError(f"data source `{source.name}`: changed while it was read; start again once it is at rest")
+
+    return check_unchanged
 
 
 def _file_states(source: Source) -> list[tuple[int, int]]:
@@ -137,6 +149,8 @@ def _chosen_documents(source: Source) -> Iterator[str | LeftOut]:
         elif (digest := hash_text(document)) in wanted:
             wanted.remove(digest)
             yield document
+        else:
+            yield LeftOut(NOT_CHOSEN)
 
 
 def _fraction(source: Source) -> tuple[float, int] | None:
@@ -179,11 +193,13 @@ def _texts(source: Source) -> Iterator[tuple[str, str | LeftOut]]:
         text_of_row = TextOfRow(source, columns, f"data source `{source.name}`")
         yield from _texts_of_rows(datasets_library.read_rows(source, dataset, text_of_row.columns), text_of_row)
     else:
+        columns: list[str] = []
         for path in resolve_files(source):
-            yield from _texts_of_file(source, path)
+            yield from _texts_of_file(source, path, columns)
 
 
-def _texts_of_file(source: Source, path: Path) -> Iterator[tuple[str, str | LeftOut]]:
+def _texts_of_file(source: Source, path: Path, columns: list[str]) -> Iterator[tuple[str, str | LeftOut]]:
+    """Yield (where, text) of every document of a file; `columns` gets the columns that made the text of the first."""
     format, encoding = _format(source, path), source.encoding
     if format == "text" and source.format is None and readers.holds_json_lines(path, encoding):
         warn(f"{path} looks like JSON lines but is read as text; `format: jsonl` reads a column of it")
@@ -198,21 +214,33 @@ def _texts_of_file(source: Source, path: Path) -> Iterator[tuple[str, str | Left
             "document": readers.read_whole,
         }[source.sample_by](path, encoding)
     elif format == "parquet":
-        text_of_row = TextOfRow(source, readers.parquet_columns(path), str(path))
+        text_of_row = _same_columns(TextOfRow(source, readers.parquet_columns(path), str(path)), columns, path)
         yield from _texts_of_rows(readers.read_parquet(path, text_of_row.columns), text_of_row)
     else:
         if format == "jsonl":
             rows = readers.read_jsonl(path, encoding)
         else:
             rows = readers.read_csv(path, encoding, format, source.delimiter, source.quoting, source.column_names)
-        first = list(islice(rows, 1))
+        first = list(islice(rows, _FIRST_ROWS))
         if first:
-            where, row = first[0]
-            # What is null in the first row may hold text in the others.
-            columns = {name: value is None or isinstance(value, str) for name, value in row.items()}
-            text_of_row = TextOfRow(source, columns, where)
+            found: dict[str, bool] = {}
+            for _, row in first:
+                # What is null in one row may hold text in another.
+                found |= {n: (v is None or isinstance(v, str)) and found.get(n, True) for n, v in row.items()}
+            text_of_row = _same_columns(TextOfRow(source, found, first[0][0]), columns, path)
             yield from _texts_of_rows(iter(first), text_of_row)
             yield from _texts_of_rows(rows, text_of_row)
+
+
+def _same_columns(text_of_row: TextOfRow, columns: list[str], path: Path) -> TextOfRow:
+    """Refuse to find the text of one source's files in columns of different names."""
+    if columns and columns != text_of_row.columns:
+        raise UserError(
+            f"{path}: the text would be column `{text_of_row.columns[0]}`, in the files before `{columns[0]}`; name it "
+            f"with `text_column`, or make a source of each"
+        )
+    columns[:] = text_of_row.columns
+    return text_of_row
 
 
 def _texts_of_rows(rows: readers.Rows, text_of_row: TextOfRow) -> Iterator[tuple[str, str | LeftOut]]:

@@ -89,6 +89,7 @@ def open_store(
     vocab_size: int,
     max_tokens: int | None = None,
     num_proc: int = 1,
+    check_unchanged: Callable[[], None] = lambda: None,
 ) -> TokenStore:
     """Return the token store of a source, building it first where it is missing or damaged.
 
@@ -103,6 +104,7 @@ def open_store(
         vocab_size: decides the width of a stored token.
         max_tokens: the first documents that have together at most so many tokens; no limit where None.
         num_proc: processes that encode.
+        check_unchanged: called when all is read, to refuse a source that is no longer what `content_key` says.
 
     Raises:
         UserError: the source holds no document that could be stored.
@@ -116,6 +118,7 @@ def open_store(
         texts = progress(left_out.texts(documents()), f"tokenising {name}")
         batches = encode_documents(texts, encode, eos_token_id, dtype, num_proc, max_tokens)
         stopped = _write_store(temporary, name, batches, max_tokens, left_out)
+        check_unchanged()
         return {"name": name, "dtype": dtype, "left_out": left_out.by_cause, "stopped": stopped}
 
     marker = build_once(folder, build)
@@ -152,7 +155,7 @@ class _LeftOutDocuments:
             else:
                 if not self._ahead or self._ahead[-1][0] != number:
                     self._ahead.append((number, {}))
-                _enter(self._ahead[-1][1], document.cause, 1, [document.where])
+                _enter(self._ahead[-1][1], document.cause, 1, [document.where] if document.where else [])
 
     def count(self, stored: int) -> None:
         """Count what stands before document `stored`, from 0."""

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
+
+from kit.errors import UserError
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -99,16 +102,20 @@ def _encode_in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_proc, context, _start_worker, (encode, eos_token_id, dtype)) as pool:
         under_way: deque[Future[EncodedBatch]] = deque()
+        workers: dict[int, Any] = {}
         try:
             for batch in batches:
                 under_way.append(pool.submit(_encode_in_worker, batch))
+                workers.update(pool._processes or {})
                 if len(under_way) > 2 * num_proc:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
         except BrokenProcessPool:
-            raise MemoryError(
-                "a process that tokenises was killed, which is what a system out of memory does; lower `data.num_proc`"
+            if not any(worker.exitcode == -signal.SIGKILL for worker in workers.values()):
+                raise
+            raise UserError(
+                "a process that tokenises was killed, as the system does where memory runs out; lower `data.num_proc`"
             ) from None
         finally:
             for future in under_way:

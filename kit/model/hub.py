@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import __version__
 
-from kit.errors import UserError, did_you_mean
+from kit.errors import UserError, did_you_mean, is_out_of_memory
 from kit.network import why_offline
 
 # Absent, not reachable, cut off, or made for something else.
@@ -54,6 +54,8 @@ def from_hub(key: str, name: str, revision: str | None = None, file: str = "conf
     try:
         yield {} if path.is_dir() else {"local_files_only": why_offline() is not None}
     except _UNUSABLE as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{key}: {_explain(name, revision, file, error)}") from error
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kit.console import say, warn
-from kit.errors import UserError, did_you_mean
+from kit.errors import UserError, did_you_mean, is_out_of_memory
 from kit.files import hash_file, hash_values
 from kit.model.hub import check_weights, expand, from_hub
 from kit.recipe.models import ModelSection
@@ -45,6 +45,8 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
         try:
             return AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:  # each architecture fails in its own way on sizes that do not go together
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"model.from_config: no model can be built from it: {reason}") from error
     name = expand(section.name_or_path)

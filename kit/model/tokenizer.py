@@ -146,7 +146,9 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     if tokenizer.is_fast:
         return hash_values(_backend(tokenizer).to_str(), tokenizer.split_special_tokens, special)
-    return hash_values(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), special)
+    settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hash_values(type(tokenizer).__name__, vocabulary, tokenizer.split_special_tokens, settings, special)
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:

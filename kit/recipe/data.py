@@ -1,5 +1,6 @@
 """The recipe's `data` section: where documents come from, and how they become training rows."""
 
+import codecs
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -13,6 +14,8 @@ def _known_encoding(name: str) -> str:
         "".encode(name)  # a codec may be known that is none of text, such as `hex`
     except LookupError:
         raise ValueError(f"no such encoding: `{name}`; Python's names are `utf-8`, `latin-1`, `cp1252`, …") from None
+    if codecs.lookup(name).name in ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined"):
+        raise ValueError(f"`{name}` is no encoding of files")
     return name
 
 
@@ -181,7 +184,8 @@ class DataSection(Section):
     exact_duplicates: Literal["drop", "keep"] = "drop"
     """What becomes of a training document whose text occurred before, in any source."""
     near_duplicates: NearDuplicates | None = None
-    """Leave out training documents that are almost equal to an earlier one; `{}` takes the defaults."""
+    """Leave out training documents that are almost equal to an earlier one, or to one of an evaluation set; `{}` takes
+    the defaults."""
     evaluation_overlap: EvaluationOverlap | None = None
     """Leave out training documents that share n-grams with an evaluation set; `{}` takes the defaults."""
     block_size: int = Field(default=512, ge=8)

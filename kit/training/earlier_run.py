@@ -33,7 +33,6 @@ def is_finished(recipe: Recipe, directory: RunDirectory, seed: int) -> bool:
         UserError: the folder holds the run of another recipe, or this recipe's on other data or weights.
     """
     if recipe.run.resume == "never":
-        directory.move_aside()
         return False
     check_same_recipe(recipe, directory)
     if not directory.is_finished() or recipe.run.resume not in ("auto", "must"):
@@ -53,7 +52,7 @@ def check_same_recipe(recipe: Recipe, directory: RunDirectory) -> None:
         return
     earlier = load_recipe(directory.recipe)
     if manner := differing_manner(earlier, recipe):
-        say(f"other settings of the same effect than before, which changes the rounding: {'; '.join(manner)}")
+        say(f"other settings of the same effect than before, so no longer equal bit by bit: {'; '.join(manner)}")
     if differences := differing_keys(earlier, recipe):
         listed = "\n".join(f"  {difference}" for difference in differences)
         raise UserError(

@@ -1,7 +1,6 @@
 """The memory that training takes: an estimate before it, and what to do when there is not enough."""
 
 import copy
-import gc
 import os
 import sys
 import threading
@@ -19,7 +18,7 @@ from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
 from kit.console import is_main_process
-from kit.errors import UserError
+from kit.errors import UserError, is_out_of_memory
 from kit.recipe.models import Recipe
 from kit.training.preemption import Preempted
 from kit.training.run_directory import RunDirectory
@@ -27,7 +26,6 @@ from kit.training.run_directory import RunDirectory
 _KEY = "kit/out_of_memory"
 _POLL_S = 0.5
 _PATIENCE_S = 10.0
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # Bytes that an optimizer keeps for a parameter of four bytes; those that are not listed keep two values like AdamW.
 _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0.1, "adagrad": 4, "rmsprop": 4, "lion": 4, "lomo": 0, "adalomo": 0.1}
 
@@ -134,21 +132,16 @@ def out_of_memory_explained(
         yield
     except (RuntimeError, MemoryError, Preempted) as error:
         message = None
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             message = _advice(recipe, args, str(error))
         if others:
             message = others.tell(message) if message else others.heard()
         if message is None:
             raise
-        gc.collect()  # what the traceback held
         raise UserError(message) from None
     finally:
         if others:
             others.leave()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in _SIGNS)
 
 
 class _Others:

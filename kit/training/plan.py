@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,16 +18,22 @@ class StepPlan:
         rows_per_step: rows of an optimizer step: batch size × accumulation × processes.
         steps_per_epoch: optimizer steps of an epoch; the last one may hold fewer rows.
         steps: optimizer steps of the run.
-        evaluations: evaluations on the way, that of the end included; early stopping may leave some out.
-        checkpoints: checkpoints on the way, that of the end included; with `save_strategy: best` at most so many.
+        args: of the run.
     """
 
     rows: int
     rows_per_step: int
     steps_per_epoch: int
     steps: int
-    evaluations: int
-    checkpoints: int
+    args: TrainingArguments
+
+    @cached_property
+    def stops(self) -> tuple[int, int]:
+        """Evaluations and checkpoints on the way, those of the end included.
+
+        Early stopping may leave some out; with `save_strategy: best` there are at most so many checkpoints.
+        """
+        return _count_stops(self.args, self.steps, self.steps_per_epoch)
 
     @property
     def epochs(self) -> float:
@@ -53,8 +60,7 @@ def plan_steps(rows: int, args: TrainingArguments) -> StepPlan:
     micro_batches = -(-rows // per_micro_batch)
     steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    evaluations, checkpoints = _count_stops(args, steps, steps_per_epoch)
-    return StepPlan(rows, rows_per_step, steps_per_epoch, steps, evaluations, checkpoints)
+    return StepPlan(rows, rows_per_step, steps_per_epoch, steps, args)
 
 
 def _count_stops(args: TrainingArguments, steps: int, steps_per_epoch: int) -> tuple[int, int]:

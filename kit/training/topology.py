@@ -138,6 +138,24 @@ def _or_raise(value: T, error: str | None) -> T:
     return value
 
 
+def check_agreement(what: str, *values: str) -> None:
+    """Check that all processes have come to the same `values`.
+
+    Raises:
+        UserError: they have not: a file or a branch changed between one process and the next, or machines differ.
+    """
+    if not dist.is_initialized():
+        return
+    of_all: list[tuple[str, ...] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, values)
+    differing = [rank for rank, value in enumerate(of_all) if value != of_all[0]]
+    if differing:
+        raise UserError(
+            f"the processes do not have {what}: process {differing[0]} has another than process 0; did a file or a "
+            f"branch change in between, or do the machines hold different files? Start again once they are at rest"
+        )
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return, on every process, whether `flag` is set on at least one."""
     if not dist.is_initialized():

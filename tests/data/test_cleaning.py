@@ -236,7 +236,6 @@ def test_near_duplicates_are_looked_for_once(build, write, searches):
     assert searches["find_near_duplicates"] == 1
     assert all(corpus.ledger == same[0].ledger and corpus.key == same[0].key for corpus in same)
     build([source], near_duplicates={}, block_size=32, packing=False)
-    build([source], general, near_duplicates={})  # measured elsewhere: the same documents train
     assert searches["find_near_duplicates"] == 1
     for number, (train, values, data) in enumerate(
         [
@@ -245,11 +244,29 @@ def test_near_duplicates_are_looked_for_once(build, write, searches):
             ([source, other], {}, {}),
             ([other, source], {}, {}),
             ([source], {}, {"validation": {"fraction": 0.3}}),
+            ([source], {}, {"sets": general}),
         ],
         start=2,
     ):
         build(train, near_duplicates=values, **data)
         assert searches["find_near_duplicates"] == number
+
+
+def test_what_is_almost_equal_to_a_measured_document_does_not_train(build, write):
+    """Held out by a hash, one of two near-duplicates may be measured on: the other one must not be trained on."""
+    originals = [" ".join(f"w{n}x{i}" for i in range(60)) for n in range(120)]
+    copies = [text.replace("x30 ", "y30 ", 1) for text in originals]
+    corpus = build([write("a", originals + copies)], validation={"fraction": 0.2}, near_duplicates={})
+    [row] = corpus.ledger
+    measured = {text_of(store, i) for store, chosen in corpus.sets["domain"].stores for i in chosen.tolist()}
+    pairs = {**dict(zip(originals, copies, strict=True)), **dict(zip(copies, originals, strict=True))}
+    [trained] = left(corpus)
+    assert measured
+    assert not measured & {pairs[text] for text in trained}
+    gone = row.dropped_documents["near-duplicate of evaluation"]
+    assert gone["documents"] == len([text for text in measured if pairs[text] not in measured])
+    assert gone["examples"][0]["set"] == "domain"
+    assert row.read + row.repeated == row.trained + row.context + row.total_dropped
 
 
 def test_overlap_is_looked_for_once_for_the_same_sets(build, write, searches):

@@ -284,3 +284,38 @@ def test_formats_mix(build, write, tmp_path, tokenizer):
     lines.write_bytes("\r\n".join(texts[4:]).encode())
     train = [{"path": str(rows), "text_column": "body"}, {"path": str(lines), "sample_by": "line"}]
     assert Counter(trained_texts(whole(build, train), tokenizer)) == Counter(texts)
+
+
+def test_a_tokenizer_is_not_trained_on_more_than_max_tokens_may_take(write):
+    texts = documents(200, seed=5)
+    source = write("corpus.txt", texts)
+    limited = DataSection.model_validate({"train": [{**source, "max_tokens": 100}]})
+    learned = list(training_documents(limited))
+    assert learned == texts[: len(learned)]
+    assert sum(map(len, learned)) <= 600
+    assert training_documents_key(limited) != training_documents_key(DataSection.model_validate({"train": [source]}))
+
+
+def test_a_source_that_changes_while_it_is_stored_is_refused_and_not_kept(build, write, monkeypatch, tmp_path):
+    """Also where `max_tokens` ends the reading before the source does."""
+    import kit.data.corpus
+
+    source = write("corpus.txt", documents(200, seed=5))
+    original = kit.data.corpus.read_documents
+
+    def changes(source):
+        for number, text in enumerate(original(source)):
+            if number == 3:
+                write("corpus.txt", documents(200, seed=6))
+            yield text
+
+    monkeypatch.setattr(kit.data.corpus, "read_documents", changes)
+    with pytest.raises(UserError, match="changed while it was read"):
+        build([{**source, "max_tokens": 500}])
+    assert [path for path in (tmp_path / "store" / "tokens").iterdir() if path.is_dir()] == []
+
+
+def test_repeated_documents_of_an_evaluation_set_are_told(build, write, capsys):
+    texts = documents(30, seed=5)
+    build([write("a.txt", texts)], {"general": write("b.txt", ["one more", "one more", "another"])})
+    assert "evaluation set `general`: 3 documents, of which 2 are different" in capsys.readouterr().out

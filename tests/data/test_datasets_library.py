@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.data.columns import LeftOut
-from kit.data.sources import read_documents, source_fingerprint
+from kit.data.sources import read_documents, source_fingerprint, watch
 from kit.errors import UserError
 from kit.recipe.data import Source
 from kit.recipe.models import EvaluationSet
@@ -194,11 +194,20 @@ def test_the_key_of_a_folder_is_its_content(tmp_path, layout):
 
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(layout):
-    documents = read_documents(Source(dataset=layout, config="law"))
-    next(documents)
+    source = Source(dataset=layout, config="law")
+    check_unchanged = watch(source)
+    next(read_documents(source))
     (Path(layout) / "law.jsonl").write_text(rows("other", 6))
-    with pytest.raises(UserError, match=r"changed while it was read|JSON"):
-        list(documents)
+    with pytest.raises(UserError, match=r"changed while it was read"):
+        check_unchanged()
+
+
+@pytest.mark.parametrize("format", ["pandas", "arrow", "numpy"])
+def test_a_dataset_saved_with_a_format_is_read_alike(tmp_path, format):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).with_format(format).save_to_disk(tmp_path / "saved")
+    assert list(read_documents(Source(dataset=str(tmp_path / "saved")))) == ["a", "b"]
 
 
 # ---- The Hub ----

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from kit.data.sources import hash_text, read_documents, resolve_files, source_fingerprint
+from kit.data.sources import hash_text, read_documents, resolve_files, source_fingerprint, watch
 from kit.data.splits import held_out
 from kit.errors import UserError
 from kit.recipe.data import Source, TrainSource
@@ -165,7 +165,10 @@ def test_an_evaluation_set_chooses_among_the_documents_that_it_holds_out(lines):
 def test_what_is_left_out_is_told_once_where_documents_are_chosen(write):
     path = write("a\n\nb\nc\n")
     documents = read(path, sample_by="line", max_documents=2)
-    assert left_out(documents) == [("empty", f"{path}:2")]
+    assert left_out(documents) == [("empty", f"{path}:2"), ("beyond max_documents", "")] or left_out(documents) == [
+        ("beyond max_documents", ""),
+        ("empty", f"{path}:2"),
+    ]
     assert len(texts(documents)) == 2
 
 
@@ -177,8 +180,10 @@ def test_what_is_left_out_is_told_once_where_documents_are_chosen(write):
 def test_a_source_that_changes_while_it_is_read_is_refused(write, tmp_path, change, settings):
     """The store's key was made from the old content: the documents of another would lie under it."""
     path = write("a\nb\nc\n")
-    documents = read_documents(Source(path=str(tmp_path / "*.txt"), sample_by="line", **settings))
-    next(documents)
+    source = Source(path=str(tmp_path / "*.txt"), sample_by="line", **settings)
+    check_unchanged = watch(source)
+    next(read_documents(source))
+    check_unchanged()
     if change == "grows":
         path.write_text("a\nb\nc\nd\n")
     elif change == "touched":
@@ -186,7 +191,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(write, tmp_path, chan
     else:
         write("x", "another.txt")
     with pytest.raises(UserError, match="changed while it was read"):
-        list(documents)
+        check_unchanged()
 
 
 # ---- Keys that say nothing about a file ----
@@ -199,7 +204,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(write, tmp_path, chan
         ("a.txt", {"template": "{a}"}, "template"),
         ("a.txt", {"delimiter": ","}, "delimiter"),
         ("a.txt", {"quoting": False}, "quoting"),
-        ("a.jsonl", {"sample_by": "document"}, "sample_by"),
+        ("a.jsonl", {"sample_by": "paragraph"}, "sample_by"),
         ("a.jsonl", {"separator": "x"}, "separator"),
         ("a.jsonl", {"column_names": ["a"]}, "column_names"),
         ("a.csv", {"separator": "x"}, "separator"),
@@ -214,6 +219,26 @@ def test_a_key_that_says_nothing_about_the_files_format_is_refused(write, name, 
         fingerprint(path, **settings)  # before anything is read
     assert f"`{key}` says nothing about {name}, which is " in str(caught.value)
     assert f"`{key}` says nothing about {name}" in refusal(path, **settings)
+
+
+def test_a_default_that_is_written_out_is_no_wish(write):
+    """The recipe that a run directory keeps names every default."""
+    path = write('{"text": "a"}\n', "a.jsonl")
+    assert texts(read(path, sample_by="document", encoding="utf-8", on_bad_text="error")) == ["a"]
+
+
+@pytest.mark.parametrize("first", ["{}", '{"id": 1}', '{"abstract": null}'])
+def test_a_first_row_without_the_text_does_not_decide_for_the_others(write, first):
+    path = write(first + '\n{"id": 2, "abstract": "a"}\n', "a.jsonl")
+    assert texts(read(path, text_column="abstract", on_bad_text="skip")) == ["a"]
+    assert "a.jsonl:1: column `abstract`" in refusal(path, text_column="abstract")
+
+
+def test_files_of_one_source_have_their_text_in_the_same_column(write, tmp_path):
+    write('{"body": "a", "id": 1}\n', "1.jsonl")
+    write('{"title": "b"}\n', "2.jsonl")
+    message = refusal(tmp_path / "*.jsonl")
+    assert "2.jsonl: the text would be column `title`, in the files before `body`" in message
 
 
 def test_one_file_of_a_pattern_that_a_key_says_nothing_about_is_named(write, tmp_path):

@@ -97,7 +97,7 @@ def _only_trackers():
 
 def test_a_worker_that_is_killed_is_told_and_leaves_no_store(tmp_path, small):
     texts = ["x" * 600] * 5 + ["kill", "x" * 600] + ["x" * 600] * 5
-    with pytest.raises(MemoryError, match=r"was killed.*lower `data.num_proc`"):
+    with pytest.raises(UserError, match=r"was killed.*lower `data.num_proc`"):
         open_store(tmp_path, "n", "c", "t", lambda: texts, encode_and_kill, 0, 256, num_proc=2)
     assert [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()] == []
     assert _only_trackers()
