@@ -114,6 +114,12 @@ def print_samples_of_sources(run: Run) -> None:
     for name, documents in corpus.sets.items():
         for store, chosen in documents.stores:
             stores.setdefault(store.key, (store, chosen, f"evaluation set `{name}`"))
+    for name, documents in corpus.sets.items():
+        tokens = int(documents.lengths.sum())
+        say(
+            f"evaluation set `{name}`: {len(documents.lengths):,} documents, {documents.num_bytes:,} bytes, {tokens:,} "
+            f"tokens"
+        )
     for store, documents, use in stores.values():
         if not len(documents):
             continue

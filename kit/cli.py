@@ -177,8 +177,11 @@ def _run() -> int:
     from kit.errors import UserError
 
     try:
-        result = app(standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        # Not `app()`, which takes an interruption for a code that a command has chosen.
+        command = typer.main.get_command(app)
+        with command.make_context("kit", sys.argv[1:]) as context:
+            command.invoke(context)
+        return 0
     except UserError as error:
         _complain(f"error: {error}")
         return 2

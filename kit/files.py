@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
+from kit.errors import UserError
+
 COMPLETE = "complete.json"
 _CHUNK = 1 << 22
 
@@ -52,6 +54,18 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def make_folder(key: str, path: str | Path) -> None:
+    """Make a folder that the recipe's `key` names, with those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {Path(path).absolute()} cannot be written: {error.strerror}") from None
 
 
 def hash_file(path: str | Path) -> str:

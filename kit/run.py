@@ -17,13 +17,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from kit.console import is_main_process, quiet_libraries, say
+from kit.console import is_main_process, quiet_libraries, say, warn
 from kit.data.corpus import Corpus
 from kit.data.ledger import check_dropped, ledger_as_json, print_ledger
 from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
-from kit.files import build_once, disk_fault, hash_values, read_json, read_seal, write_json
+from kit.files import build_once, disk_fault, hash_values, make_folder, read_json, read_seal, write_json
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import describe_special_tokens, tokenizer_key
@@ -173,6 +173,7 @@ def prepare_run(
     task.check_early(recipe)
 
     def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus]:
+        make_folder("data.store_dir", recipe.data.store_dir)
         try:
             tokenizer = task.prepare_tokenizer(recipe)
             return tokenizer, task.prepare_examples(recipe, tokenizer, args.seed)
@@ -187,6 +188,8 @@ def prepare_run(
         if directory and is_main_process():
             write_json(directory.ledger, ledger_as_json(corpus.ledger))
         check_dropped(corpus.ledger, recipe.data.max_dropped)
+        if not corpus.sets:
+            warn("nothing is measured, before or after: give `data.validation` or `evaluation.sets`")
         plan_steps(len(corpus.rows), args)
     model = task.load_model(recipe, tokenizer, args.seed).to(args.device)
     # Hashing the weights of a large model takes a while: once is enough.
@@ -252,7 +255,7 @@ def run_training(
     # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
     # loads the model; the kit passes `use_cache` with every call instead.
     run.model.config.use_cache = use_cache
-    display = Display(lambda: float(trainer.weight_seen))
+    display = Display(lambda: float(trainer.weight_seen), tells_end=not watchers)
     trainer.add_callback(display)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -323,7 +326,10 @@ def _attempt(directory: RunDirectory, recipe: Recipe) -> Iterator[Preemption]:
         except Preempted:
             outcome = {"status": "preempted"}
             raise
-        except (Exception, KeyboardInterrupt) as error:
+        except KeyboardInterrupt:
+            outcome = {"status": "interrupted"}
+            raise
+        except Exception as error:
             folders = {"run.output_dir": directory.path, "data.store_dir": recipe.data.store_dir}
             if fault := disk_fault(error, folders):
                 outcome = {"status": "user-error", "message": fault}

@@ -47,6 +47,8 @@ def open_dataset(source: Source) -> tuple[Any, dict[str, bool]]:
 
     datasets.disable_progress_bars()
     folder, split = _folder(source), source.split or "train"
+    if folder is not None and (folder / "config.json").is_file():
+        raise UserError(f"data source `{source.dataset}`: is a model folder (it holds config.json), not a dataset")
     if folder is None and (offline := why_offline()):
         raise UserError(f"data source `{source.dataset}`: is no folder here, and the Hub cannot be reached ({offline})")
     with _explained(source):

@@ -154,6 +154,10 @@ def print_ledger(ledger: Sequence[LedgerRow]) -> None:
     if shares:
         say("shares: " + ", ".join(f"{name} {share:.2%} (asked for {wanted:.2%})" for name, share, wanted in shares))
     for row in ledger:
+        for cause, entry in row.left_out.items():
+            if entry["examples"]:
+                more = ", …" if entry["documents"] > len(entry["examples"]) else ""
+                say(f"not read of {row.source}: {entry['documents']:,} {cause}: {', '.join(entry['examples'])}{more}")
         if row.dropped_documents:
             say(f"left out of the {row.documents:,} documents of {row.source}:")
         for cause, entry in row.dropped_documents.items():

@@ -13,7 +13,7 @@ from kit.console import warn
 from kit.data import builtin, datasets_library, readers
 from kit.data.columns import LeftOut, TextOfRow, bad_text
 from kit.data.splits import choose_documents, held_out
-from kit.errors import UserError, did_you_mean
+from kit.errors import UserError, suggest
 from kit.files import hash_values
 from kit.recipe.data import Source
 
@@ -90,8 +90,8 @@ def _why_missing(path: Path) -> str:
         saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
         instead = f"name it as `dataset: {path}`" if saved else f"name the files in it, such as `{path / '*.txt'}`"
         return f"is a folder; {instead}"
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return "no such file" + did_you_mean(path.name, siblings)
+    siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+    return "no such file" + suggest(path.name, siblings)
 
 
 def _format(source: Source, path: Path) -> str:

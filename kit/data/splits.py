@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+# No seed that a recipe would have: what is chosen has nothing to do with what is held out.
+_CHOICE = 0x63686F696365
 
 
 def held_out(hashes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -37,7 +39,7 @@ def choose_documents(hashes: np.ndarray, documents: np.ndarray, most: int | None
     """Return at most `most` of `documents`, chosen by their hash, in their own order."""
     if most is None or len(documents) <= most:
         return documents
-    keys = document_order_keys(hashes[documents], seed=0)
+    keys = document_order_keys(hashes[documents], _CHOICE)
     return np.sort(documents[np.argsort(keys, kind="stable")[:most]])
 
 

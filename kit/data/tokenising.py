@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,8 +25,9 @@ Encode = Callable[[list[str]], list[list[int]]]
 _BATCH_CHARACTERS = 1 << 20
 # A very short document takes more memory for what its encoding has beside tokens than for its text.
 _BATCH_DOCUMENTS = 1 << 13
-# Until then one process has done it before others have started.
-_ALONE_CHARACTERS = 8 << 20
+# Others take a second or two to start, and the threads of a fast tokenizer are about as fast as processes. A time may
+# decide, since what comes of it is the same.
+_ALONE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,10 @@ def encode_documents(
         max_tokens: what is going to be taken, so that not much more is read of a stream.
     """
     batches = _batches(documents, _BATCH_CHARACTERS if max_tokens is None else min(_BATCH_CHARACTERS, 4 * max_tokens))
-    characters = 0
+    began = time.monotonic()
     for batch in batches:
         yield encode_batch(batch, encode, eos_token_id, dtype)
-        characters += sum(map(len, batch))
-        if num_proc > 1 and characters > _ALONE_CHARACTERS:
+        if num_proc > 1 and time.monotonic() - began > _ALONE_S:
             break
     else:
         return

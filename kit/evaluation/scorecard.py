@@ -41,7 +41,8 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
             [size[1], "token accuracy", f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}"]
             + [f"{accuracy:+.1%}"],
         ]
-    table("Scorecard (lower bits per byte is better)", ["set", "figure", "before", "after", "Δ"], rows)
+    if rows:
+        table("Scorecard (lower bits per byte is better)", ["set", "figure", "before", "after", "Δ"], rows)
 
 
 def print_figures(title: str, sets: Mapping[str, Figures]) -> None:

@@ -42,6 +42,10 @@ def inspect_model(name: str, *, revision: str | None, values: str | None, show_a
     """
     quiet_libraries()
     name = _model_folder(expand(name))
+    if revision and Path(name).is_dir():
+        raise UserError(f"--revision goes with a name on the Hub; {name} is a folder")
+    if values is not None and show_all:
+        raise UserError("--values shows one tensor, --all every row of the table: keep one")
     config = _load_config(name, revision)
     tensors = read_headers(name, revision)
     if values is not None:
@@ -65,7 +69,7 @@ def _model_folder(name: str) -> str:
         return name
     if (path / "model").is_dir():
         return _model_folder(str(path / "model"))
-    if (path / "recipe.yaml").is_file():
+    if (path / "recipe.yaml").is_file() or (path / "manifest.json").is_file():
         raise UserError(f"{name}: the run has no model/ yet; it is written when training ends")
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{name} holds an adapter (adapter_config.json), not a whole model")

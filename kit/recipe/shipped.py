@@ -108,7 +108,7 @@ def show_recipes(name: str | None, destination: str | None) -> str:
     lines = [f"wrote {own}" + (f" and what it extends: {', '.join(bases)}" if bases else "")]
     if recipe.needs:
         lines.append(f"needs: {recipe.needs}")
-    return "\n".join([*lines, f"next:  kit train {own}"]) + "\n"
+    return "\n".join([*lines, f"next:  kit check {own}"]) + "\n"
 
 
 def copy_recipe(recipe: ShippedRecipe, destination: str) -> list[Path]:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,11 +84,16 @@ class RunDirectory:
         # The lock lies beside the folder.
         for wanted in (real, real.parent):
             existing = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+            why = None
             if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-                raise RunDirectoryInUse(
-                    f"run.output_dir: {self.path.absolute()} cannot be written: {existing} is "
-                    f"{'read-only' if existing.is_dir() else 'a file'}"
-                )
+                why = f"{existing} is {'read-only' if existing.is_dir() else 'a file'}"
+            elif existing != wanted:
+                try:  # permissions alone do not tell: some file systems take no folders
+                    os.rmdir(tempfile.mkdtemp(prefix=".kit-", dir=existing))
+                except OSError as error:
+                    why = f"{existing}: {error.strerror}"
+            if why:
+                raise RunDirectoryInUse(f"run.output_dir: {self.path.absolute()} cannot be written: {why}")
         if self.path.exists():
             self._refuse_foreign_folder()
 
@@ -230,4 +236,4 @@ def _now() -> str:
 
 def exit_code(status: str) -> int:
     """Return the exit code that goes with a status: what `kit train` itself would have ended with."""
-    return {"done": 0, "user-error": 2, "preempted": 143}.get(status, 1)
+    return {"done": 0, "user-error": 2, "preempted": 143, "interrupted": 130}.get(status, 1)

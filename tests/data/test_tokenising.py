@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def small(monkeypatch):
     """Batches of a few documents, and other processes from the second batch on."""
     monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", 500)
-    monkeypatch.setattr(tokenising, "_ALONE_CHARACTERS", 400)
+    monkeypatch.setattr(tokenising, "_ALONE_S", -1.0)
 
 
 def files_of(store_dir):
@@ -121,7 +121,8 @@ PARENT = """
 import sys
 from kit.data import tokenising
 from tests.data.encoders import encode_slowly
-tokenising._BATCH_CHARACTERS = tokenising._ALONE_CHARACTERS = 10
+tokenising._BATCH_CHARACTERS = 10
+tokenising._ALONE_S = -1.0
 if __name__ == "__main__":
     encode = tokenising.encode_batch
     tokenising.encode_batch = lambda texts, *rest: encode(texts, lambda t: [[1] for _ in t], *rest[1:])
@@ -159,7 +160,7 @@ def interrupt(*arguments):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
-    tokenising._ALONE_CHARACTERS = 10
+    tokenising._ALONE_S = -1.0
     try:
         texts = iter(lambda: "x" * 1000, 0)
         for number, _ in enumerate(tokenising.encode_documents(texts, encode_characters, 0, "uint16", 2)):

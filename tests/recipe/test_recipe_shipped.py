@@ -95,10 +95,10 @@ def test_a_copy_says_what_was_written_and_what_to_type(tmp_path, monkeypatch):
     assert printed.splitlines() == [
         "wrote mine.yaml and what it extends: lm_gpt2_full.yaml",
         "needs: train.txt and valid.txt in the working directory, one text per line, at least 1 MB.",
-        "next:  kit train mine.yaml",
+        "next:  kit check mine.yaml",
     ]
     (tmp_path / "a folder").mkdir()
-    assert "next:  kit train 'a folder/lm_qwen3_full.yaml'" in show_recipes("lm_qwen3_full", "a folder")
+    assert "next:  kit check 'a folder/lm_qwen3_full.yaml'" in show_recipes("lm_qwen3_full", "a folder")
 
 
 def test_recipes_that_extend_one_base_are_copied_beside_each_other_from_anywhere(tmp_path, monkeypatch):

@@ -23,7 +23,9 @@ def folder_below_a_file(lab):
     return lab.recipe(run={"output_dir": "notes/run"})
 
 
-@case(GROUP, "a store folder below a file", "data.store_dir: notes/store", "Not a directory")
+@case(
+    GROUP, "a store folder below a file", "data.store_dir: /home/you/notes/store cannot be written", "Not a directory"
+)
 def store_below_a_file(lab):
     lab.write("notes", "a file")
     return lab.recipe(data={"store_dir": "notes/store"})

@@ -12,9 +12,10 @@ from kit.console import new_progress, say, shows_bars
 class Display(TrainerCallback):
     """Shows progress, loss, speed and evaluations on rank 0."""
 
-    def __init__(self, weight_seen: Callable[[], float]) -> None:
-        """Show the speed at which `weight_seen`, the label positions trained on so far, grows."""
+    def __init__(self, weight_seen: Callable[[], float], tells_end: bool = True) -> None:
+        """Show the speed at which `weight_seen`, the label positions trained on so far, grows, and why it ends."""
         self.weight_seen = weight_seen
+        self.tells_end = tells_end
         self.bar = None
         self.clock = (0.0, 0.0)
 
@@ -58,6 +59,8 @@ class Display(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell of an early end, and of the model that is kept."""
+        if not self.tells_end:
+            return
         if state.global_step < state.max_steps:
             say(f"stopped early at step {state.global_step:,} of {state.max_steps:,}: no improvement any more")
         if args.load_best_model_at_end and state.best_global_step:
