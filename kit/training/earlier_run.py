@@ -22,7 +22,8 @@ def effective_resume(recipe: Recipe, directory: RunDirectory) -> RunSection:
     The same command has to go on after a preemption, not to begin once more.
     """
     earlier = directory.read_manifest()
-    cut_off = earlier.get("status") in ("preempted", "interrupted", "running") and earlier.get("resume") == recipe.run.resume
+    unfinished = earlier.get("status") in ("preempted", "interrupted", "running")
+    cut_off = unfinished and earlier.get("resume") == recipe.run.resume
     return recipe.run.model_copy(update={"resume": "auto"}) if cut_off else recipe.run
 
 
