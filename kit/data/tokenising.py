@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import xxhash
@@ -28,6 +28,7 @@ _BATCH_DOCUMENTS = 1 << 13
 # Others take a second or two to start, and the threads of a fast tokenizer are about as fast as processes. A time may
 # decide, since what comes of it is the same.
 _ALONE_S = 10.0
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _encode_in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_proc, context, _start_worker, (encode, eos_token_id, dtype)) as pool:
         under_way: deque[Future[EncodedBatch]] = deque()
-        workers: dict[int, Any] = {}
+        workers: dict[int, BaseProcess] = {}
         try:
             for batch in batches:
                 under_way.append(pool.submit(_encode_in_worker, batch))
@@ -113,7 +114,7 @@ def _encode_in_processes(
             while under_way:
                 yield under_way.popleft().result()
         except BrokenProcessPool:
-            if not any(worker.exitcode == -signal.SIGKILL for worker in workers.values()):
+            if not _was_killed(workers.values()):
                 raise
             raise UserError(
                 "a process that tokenises was killed, as the system does where memory runs out; lower `data.num_proc`"
@@ -121,6 +122,14 @@ def _encode_in_processes(
         finally:
             for future in under_way:
                 future.cancel()
+
+
+def _was_killed(workers: Iterable[BaseProcess]) -> bool:
+    """Tell whether a worker died of SIGKILL; the pool's own thread may still be collecting their ends."""
+    until = time.monotonic() + _PATIENCE_S
+    while any(worker.exitcode is None for worker in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    return any(worker.exitcode == -signal.SIGKILL for worker in workers)
 
 
 _worker: tuple[Encode, int, str]
