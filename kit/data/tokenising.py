@@ -119,6 +119,13 @@ def _encode_in_processes(
             raise UserError(
                 "a process that tokenises was killed, as the system does where memory runs out; lower `data.num_proc`"
             ) from None
+        except BaseException:
+            # Nothing of theirs is wanted any more. Asked to end, a worker might wait for a lock that one held whom a
+            # signal has killed, and the thread that feeds them for room in a pipe that nobody reads.
+            for worker in workers.values():
+                worker.kill()
+            pool._call_queue.cancel_join_thread()
+            raise
         finally:
             for future in under_way:
                 future.cancel()
