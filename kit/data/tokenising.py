@@ -126,9 +126,6 @@ def _encode_in_processes(
                 worker.kill()
             pool._call_queue.cancel_join_thread()
             raise
-        finally:
-            for future in under_way:
-                future.cancel()
 
 
 def _was_killed(workers: Iterable[BaseProcess]) -> bool:
