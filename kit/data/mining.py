@@ -1,0 +1,372 @@
+"""Words of the domain that would save the most tokens if the tokenizer had each as one.
+
+A word is a run of letters, digits and underscores with at least one letter (`asyncio`, `__init__`, `utf8`); a hyphen
+belongs to it where a digit follows (`COX-2`, but `well-known` is two words). Its case counts, and where it is part of a
+longer word it is not that word. Nothing else can be in one, so neither space nor `#`. In scripts that write no space
+between words such a run is a phrase, and few of them recur.
+
+What a word saves depends on where it stands, and on how it gets into the tokenizer. A token that `add_tokens` adds is
+cut out of the text before all else, so that a space before it, which a byte-level BPE has in the word's first piece,
+becomes a token of its own: of the three tokens of ` asyncio` one is saved, not two. Occurrences are therefore counted
+by what stands next to the word on both sides, and tokens are counted there, best with a tokenizer that has the words
+(`extend`). Assumed is that nothing further away changes how a word is cut, which holds wherever the pre-tokenizer
+separates words, and that longer words stay as they are: `asyncio` saves more where `asyncio_mode` too is made of it.
+`measure` encodes texts anew.
+"""
+
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+
+from kit.console import say, table, warn
+from kit.data.tokenising import Encode
+from kit.errors import UserError
+from kit.files import write_text
+
+_LONGEST_WORD = 64  # characters; what is longer (base64, a sequence of bases) is skipped
+_BATCH = 1 << 20  # characters that are encoded at once
+_PROBES = 10_000  # words that are encoded at once, each with all that stands around it
+_CANDIDATES = 3  # times the words that are wanted, whose saving `extend` tells
+_FOUND = 100_000  # words between two looks at the memory
+
+_Context = tuple[str, str, str]  # what stands before a word, the word, what stands after it
+
+
+@dataclass(frozen=True)
+class MinedWord:
+    """A word, and what it is worth as a token.
+
+    Attributes:
+        word: the word, without the space before it.
+        occurrences: how often it stands in the texts as a word of its own.
+        pieces: tokens that it is made of where it stands most often, usually after a space, which is in the first one.
+        saved: tokens of the texts that it saves as one token, those that it costs deducted.
+    """
+
+    word: str
+    occurrences: int
+    pieces: int
+    saved: int
+
+
+@dataclass(frozen=True)
+class TextTotals:
+    """The size of some texts.
+
+    Attributes:
+        documents: number of texts.
+        num_bytes: their UTF-8 bytes.
+        words: what white space separates in them.
+        tokens: their tokens, without any EOS.
+        most_missed: occurrences that each word may have beyond those that were counted; 0 where counts are exact.
+    """
+
+    documents: int
+    num_bytes: int
+    words: int
+    tokens: int
+    most_missed: int = 0
+
+    @property
+    def fertility(self) -> float:
+        """Tokens per word (Rust et al. 2021, https://aclanthology.org/2021.acl-long.243)."""
+        return self.tokens / self.words if self.words else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per token."""
+        return self.num_bytes / self.tokens if self.tokens else 0.0
+
+    def after(self, words: Iterable[MinedWord]) -> "TextTotals":
+        """Return what is to be expected once `words` are tokens; `measure` with their tokenizer tells exactly."""
+        return replace(self, tokens=self.tokens - sum(word.saved for word in words))
+
+
+def mine_words(
+    texts: Iterable[str],
+    encode: Encode,
+    count: int,
+    min_occurrences: int = 5,
+    *,
+    extend: Callable[[list[str]], Encode] | None = None,
+    takes_space: bool = False,
+    most_counted: int = 2_000_000,
+) -> tuple[list[MinedWord], TextTotals]:
+    """Find the words that save the most tokens if each is added as one token.
+
+    The texts are read once, as a stream. Where they hold more different words than memory is to hold, the rarest are
+    forgotten now and then; `most_missed` of the totals bounds what any word can lose by it, so that none that occurs
+    more often is overlooked.
+
+    Args:
+        texts: the texts of the training split.
+        encode: texts to token ids, without special tokens of its own accord.
+        count: the most words to return.
+        min_occurrences: words that occur less often are left out: their embeddings would hardly be trained.
+        extend: returns `encode` of the tokenizer with some words, which has to pass over those that it cannot add;
+            called once, with three times as many words as are wanted. What they save is then counted with it.
+        takes_space: without `extend`: a space before the word is in the added token too, as it is where the word
+            becomes a part of a byte-level BPE's own vocabulary; `add_tokens` leaves the space outside.
+        most_counted: the most words, each with what stands around it, that are counted at a time: 200 bytes each.
+
+    Returns:
+        Words that save at least one token, those that save the most first, equal ones by their letters; and the totals
+        of the texts as they are encoded now.
+    """
+    counts, totals = _count(texts, encode, most_counted)
+    # Sorted, so that no tie depends on which text came first.
+    of_words = [list(found) for _, found in groupby(sorted(counts, key=_by_word), key=lambda context: context[1])]
+    frequent = [
+        found
+        for found in of_words
+        if sum(counts[context] for context in found) >= min_occurrences and any(map(str.isalpha, found[0][1]))
+    ]
+    if extend is None:
+        return _rank(frequent, counts, _Probes(encode), "with space" if takes_space else "apart", count), totals
+    # Arithmetic finds the candidates, generously; those that save nothing in the end are left out.
+    candidates = _rank(frequent, counts, _Probes(encode), "with space", _CANDIDATES * count)
+    words = {word.word for word in candidates}
+    extended = _Probes(encode, extend(sorted(words)) if words else None)
+    return _rank([f for f in frequent if f[0][1] in words], counts, extended, "extended", count), totals
+
+
+def measure(texts: Iterable[str], encode: Encode) -> TextTotals:
+    """Count documents, bytes, words and tokens of some texts."""
+    totals = TextTotals(0, 0, 0, 0)
+    for batch in _batches(texts):
+        totals = _add(totals, batch, encode)
+    return totals
+
+
+def write_mined(
+    path: str | Path,
+    words: Sequence[MinedWord],
+    totals: TextTotals,
+    header: Iterable[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write the words to a file to be reviewed: one a line, what it is worth behind it as a comment.
+
+    Args:
+        path: the file; what a recipe calls `vocabulary.tokens.from_file`.
+        words: what was mined.
+        totals: of the texts that it was mined from.
+        header: lines that say where the words are from, such as recipe and tokenizer.
+        overwrite: replace the file where there is one already, and with it what was edited in it.
+
+    Raises:
+        UserError: there is such a file, or a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a file to write the words to")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists already, perhaps with words that were chosen by hand; name another file")
+    plain = re.fullmatch(r"[\w./-]*\w\.[a-z]{2,}", str(path), re.ASCII)  # text to YAML, as `123` and `null` are not
+    name = str(path) if plain else json.dumps(str(path), ensure_ascii=False)
+    lines = [line for part in header for line in part.splitlines()]
+    lines += [
+        *_summary(words, totals),
+        "Delete the lines of words that are not worth a token, then let a recipe use the rest:",
+        f"    vocabulary: {{tokens: {{from_file: {name}}}}}",
+    ]
+    width = min(24, max((len(word.word) for word in words), default=0))
+    lines = [f"# {line}".rstrip() for line in lines] + [""]
+    for word in words:
+        figures = f"{word.occurrences:,} times, {word.pieces:,} tokens, saves {word.saved:,}"
+        lines.append(f"{word.word:<{width}}    # {figures}")
+    write_text(path, "\n".join(lines).rstrip("\n") + "\n")
+
+
+def print_mined(words: Sequence[MinedWord], totals: TextTotals, most: int = 20) -> None:
+    """Print the first `most` words, and what all of them save."""
+    if words:
+        rows = [[word.word, f"{word.occurrences:,}", f"{word.pieces:,}", f"{word.saved:,}"] for word in words[:most]]
+        table("Words that save tokens", ["word", "occurrences", "tokens", "saved"], rows)
+        if len(words) > most:
+            say(f"and {len(words) - most:,} more")
+    for line in _summary(words, totals):
+        say(line)
+    if totals.most_missed:
+        warn(
+            f"there were more words than fit into memory: each may occur up to {totals.most_missed:,} times more often "
+            f"than was counted"
+        )
+
+
+def _summary(words: Sequence[MinedWord], totals: TextTotals) -> list[str]:
+    after = totals.after(words)
+    saved = totals.tokens - after.tokens
+    share = saved / totals.tokens if totals.tokens else 0.0
+    return [
+        f"{totals.documents:,} documents, {totals.num_bytes:,} bytes, {totals.words:,} words, {totals.tokens:,} tokens",
+        f"{len(words):,} words more as tokens save about {saved:,} tokens ({share:.1%})",
+        f"tokens per word: {totals.fertility:.3f}, then about {after.fertility:.3f}",
+        f"bytes per token: {totals.bytes_per_token:.3f}, then about {after.bytes_per_token:.3f}",
+    ]
+
+
+# ---- counting
+
+
+def _count(texts: Iterable[str], encode: Encode, most_counted: int) -> tuple[Counter[_Context], TextTotals]:
+    """Count the words by what stands around them, and the totals of the texts."""
+    counts: Counter[_Context] = Counter()
+    totals, missed, pattern = TextTotals(0, 0, 0, 0), 0, _words()
+    for batch in _batches(texts):
+        totals = _add(totals, batch, encode)
+        for text in batch:
+            found = map(re.Match.groups, pattern.finditer(text))
+            while some := list(islice(found, _FOUND)):
+                counts.update(some)
+                if len(counts) > most_counted:
+                    counts, forgotten = _forget_rare(counts, most_counted // 2)
+                    missed += forgotten
+    return counts, replace(totals, most_missed=missed)
+
+
+def _forget_rare(counts: Counter[_Context], most: int) -> tuple[Counter[_Context], int]:
+    """Keep the most frequent words, `most` contexts of them at most; also return how often the others occurred.
+
+    What a word loses at one time is at most that number. So over all times it loses at most their sum, and a word that
+    occurs more often is in the end there (as in lossy counting, Manku & Motwani 2002).
+    """
+    of_words: Counter[str] = Counter()
+    contexts: Counter[str] = Counter()
+    for context, number in counts.items():
+        of_words[context[1]] += number
+        contexts[context[1]] += 1
+    contexts_at: Counter[int] = Counter()
+    for word, number in of_words.items():
+        contexts_at[number] += contexts[word]
+    left, forgotten = len(counts), 0
+    for number in sorted(contexts_at):
+        if left <= most:
+            break
+        left, forgotten = left - contexts_at[number], number
+    return Counter({c: number for c, number in counts.items() if of_words[c[1]] > forgotten}), forgotten
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text) + 1  # so that empty texts fill a batch too
+        if size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _add(totals: TextTotals, texts: list[str], encode: Encode) -> TextTotals:
+    return replace(
+        totals,
+        documents=totals.documents + len(texts),
+        num_bytes=totals.num_bytes + sum(len(text.encode()) for text in texts),
+        words=totals.words + sum(len(text.split()) for text in texts),
+        tokens=totals.tokens + sum(map(len, encode(texts))),
+    )
+
+
+@lru_cache(maxsize=1)
+def _words() -> re.Pattern[str]:
+    """Return what finds words, with what stands before and after each: a character, none at the end of a text.
+
+    Two where `_` is next to them, since tokenizers take runs of punctuation together; and two of white space before it.
+    """
+    # Vowel signs and accents are no letters to `re`, but cut no word either; nor do the two joiners.
+    marks = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M"]
+    runs = groupby(enumerate(marks), key=lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
+    inside = r"\w\u200c\u200d" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ends)
+    letter, other = f"[{inside}]", f"[^{inside}]"
+    run = f"{letter}{{1,{_LONGEST_WORD}}}+(?!{letter})"
+    before = rf"({other}{{0,2}}(?=_)|\s\s|{other}?)(?<!{letter})"
+    return re.compile(rf"{before}({run}(?:-(?=\d){run}){{0,3}})(?=((?<=_){other}{{0,2}}|{other}?))")
+
+
+def _by_word(context: _Context) -> _Context:
+    return context[1], context[0], context[2]
+
+
+# ---- what a word saves
+
+
+class _Probes:
+    """Numbers of tokens of short texts: words where they stand, and what stands around them."""
+
+    def __init__(self, encode: Encode, extended: Encode | None = None) -> None:
+        self._encode = encode
+        self._extended = extended
+        self._tokens: dict[str, int] = {}
+        self._then: dict[str, int] = {}
+
+    def encode_contexts(self, contexts: Iterable[_Context]) -> None:
+        """Encode some words where they stand; what was encoded before is forgotten."""
+        short, whole = {"a", "a a"}, set()
+        for before, word, after in map(_probe, contexts):
+            whole.add(before + word + after)
+            short |= {before, after, before + "a", before + word, word, f"a {word}"}
+        self._tokens = _lengths(self._encode, short | whole)
+        if self._extended:
+            self._then = _lengths(self._extended, whole)
+
+    def saved(self, context: _Context, how: str) -> int:
+        """Return the tokens that one occurrence of a word saves as one token."""
+        before, word, after = _probe(context)
+        whole = before + word + after
+        if how == "extended":
+            return self._tokens[whole] - self._then[whole]
+        if how == "with space":
+            return self.pieces(context) - 1  # nothing is cut, so what stands around it stays as it is
+        return self._tokens[whole] - self._tokens[before] - 1 - self._tokens[after]
+
+    def pieces(self, context: _Context) -> int:
+        """Return the tokens of a word, the space before it included."""
+        before, word, _ = _probe(context)
+        # By comparison with a word of one token there; ` a` may be two where a vocabulary is tiny.
+        unit = self._tokens["a a"] - self._tokens["a"] if before.endswith(" ") else self._tokens["a"]
+        return self._tokens[before + word] - self._tokens[before + "a"] + unit
+
+    def is_token(self, word: str, how: str) -> bool:
+        """Tell whether a word is a token already: after a space, or as it would be added."""
+        after_space = self._tokens[f"a {word}"] == self._tokens["a"] + 1
+        return after_space or (how == "apart" and self._tokens[word] == 1)
+
+
+def _lengths(encode: Encode, texts: Iterable[str]) -> dict[str, int]:
+    texts = sorted(texts)
+    return dict(zip(texts, map(len, encode(texts)), strict=True))
+
+
+def _probe(context: _Context) -> _Context:
+    # A space alone is not encoded as one between words is, least of all at the start of a text.
+    before, word, after = context
+    return "a " if before == " " else before, word, " a" if after == " " else after
+
+
+def _rank(
+    words: list[list[_Context]], counts: Counter[_Context], probes: _Probes, how: str, count: int
+) -> list[MinedWord]:
+    """Return the `count` best of some words, each given as its contexts."""
+    best: list[MinedWord] = []
+    for first in range(0, len(words), _PROBES):
+        batch = words[first : first + _PROBES]
+        probes.encode_contexts(context for contexts in batch for context in contexts)
+        for contexts in batch:
+            word = contexts[0][1]
+            saved = sum(counts[context] * probes.saved(context, how) for context in contexts)
+            if saved > 0 and not probes.is_token(word, how):
+                commonest = max(contexts, key=counts.__getitem__)
+                occurrences = sum(counts[context] for context in contexts)
+                best.append(MinedWord(word, occurrences, probes.pieces(commonest), saved))
+        best = sorted(best, key=lambda word: (-word.saved, word.word))[:count]
+    return best
