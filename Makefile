@@ -63,6 +63,10 @@ else
 	  test $$code = 0 || { $(BIN)/kit status $(RECIPE) $(ARGS) && exit 1; }
 endif
 
+.PHONY: check
+check: $(INSTALLED)  ## Find what is wrong with RECIPE without training it; ARGS=--probe runs two steps
+	$(BIN)/kit check $(RECIPE) $(ARGS)
+
 .PHONY: prepare
 prepare: $(INSTALLED)  ## Tokenise RECIPE's data and measure its base model, without training
 	$(BIN)/kit prepare $(RECIPE) $(ARGS)
