@@ -7,6 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from kit import run
+from kit.check import check
 from kit.recipe.loading import dump_recipe, load_recipe
 from tests.material import documents
 
@@ -53,7 +54,7 @@ def test_the_sweep_sees_every_file():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkeypatch):
+def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkeypatch, capsys):
     recipe = load_recipe(RECIPES[name])
     overrides = {
         **model_overrides(recipe, tiny_models),
@@ -72,7 +73,11 @@ def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkey
             return super().train(*args, **kwargs)
 
     monkeypatch.setattr(run, "KitTrainer", Trainer)
-    run.train(str(RECIPES[name]), [f"{key}={value}" for key, value in overrides.items()])
+    changes = [f"{key}={value}" for key, value in overrides.items()]
+    check(str(RECIPES[name]), changes)
+    assert "nothing found that would stop it" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    run.train(str(RECIPES[name]), changes)
 
     [trainer] = trainers
     assert (tmp_path / "run/scorecard.json").is_file()

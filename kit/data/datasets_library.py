@@ -144,7 +144,6 @@ def _unusable() -> tuple[type[Exception], ...]:
         ValueError,
         RuntimeError,
         ImportError,
-        NotImplementedError,
         DatasetsError,
         HTTPError,
         pa.ArrowException,
