@@ -30,9 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)  ## Create .venv and install the kit with its development tools
 
 .PHONY: demo
-demo: $(INSTALLED)  ## Pretrain a small GPT-2 offline, adapt it to API documentation, print both scorecards
+demo: $(INSTALLED)  ## Pretrain a small GPT-2 offline, give it the words of API documentation, adapt it to that
 	$(BIN)/kit train recipes/offline/lm_gpt2_pretrain.yaml
-	$(BIN)/kit train recipes/offline/lm_gpt2_adapt.yaml
+	$(BIN)/kit vocabulary mine recipes/offline/lm_gpt2_words.yaml --count 100 --overwrite
+	$(BIN)/kit train recipes/offline/lm_gpt2_words.yaml
 
 .PHONY: test
 test: $(INSTALLED)  ## Run the tests, offline
@@ -79,6 +80,11 @@ evaluate: $(INSTALLED)  ## Measure RUN's model on its recipe's sets
 generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
 	$(BIN)/kit generate $(RUN) --prompt "$(PROMPT)" $(ARGS)
 
+.PHONY: vocabulary
+vocabulary: $(INSTALLED)  ## Find words of RECIPE's text that would save tokens, and write them to a file to review
+	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make vocabulary RECIPE=recipes/text/lm_gpt2_full.yaml"; exit 2; }
+	$(BIN)/kit vocabulary mine $(RECIPE) $(ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
 	$(BIN)/python benchmarks/domain_control.py
@@ -86,6 +92,10 @@ bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts
 .PHONY: bench-data
 bench-data: $(INSTALLED)  ## Measure memory and speed of preparing a corpus
 	$(BIN)/python benchmarks/preparation.py $(ARGS)
+
+.PHONY: bench-vocabulary
+bench-vocabulary: $(INSTALLED)  ## Compare what new words' embeddings begin as, on the demo's model
+	$(BIN)/python benchmarks/vocabulary.py $(ARGS)
 
 .PHONY: schema
 schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors

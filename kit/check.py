@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from kit.console import is_main_process, quiet_libraries, say, table, warn
 from kit.data.store import TokenStore
 from kit.evaluation.samples import check_prompts
+from kit.model.freezing import count_parameters
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import decoder
 from kit.recipe.loading import recipe_fingerprint
 from kit.recipe.models import Recipe
-from kit.run import TASKS, Run, prepare_run, resolve_recipe, run_training
+from kit.run import TASKS, Run, extend_model, prepare_run, resolve_recipe, run_training
 from kit.training.arguments import make_training_arguments
 from kit.training.checkpoints import choose_checkpoint
 from kit.training.earlier_run import effective_resume, is_finished
@@ -67,6 +68,8 @@ def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
         plan = plan_steps(len(run.corpus.rows), args)
         if is_main_process():
             print_samples_of_sources(run)
+        run = extend_model(run)
+        if is_main_process():
             print_what_trains(run)
             print_plan(run, plan)
             print_memory(run)
@@ -165,15 +168,14 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
 def print_what_trains(run: Run) -> None:
     """Print the model's parameters and which of them train."""
     model = run.model
-    total = model.num_parameters()
-    trainable = model.num_parameters(only_trainable=True)
+    total, trainable = count_parameters(model)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    rows = embedding.shape[0]
+    rows, used = embedding.shape[0], max(run.tokenizer.get_vocab().values()) + 1
     say(
         f"\n{type(model).__name__}: {total:,} parameters, {trainable:,} train ({trainable / total:.1%}); "
         f"{'tied' if tied else 'untied'} embeddings of {rows:,} rows for {len(run.tokenizer):,} tokens"
-        + (f", {rows - len(run.tokenizer):,} of them spare" if rows > len(run.tokenizer) else "")
+        + (f", {rows - used:,} of them spare" if rows > used else "")
     )
 
 

@@ -15,6 +15,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+vocabulary = typer.Typer(
+    help="Prepare the tokens that a recipe's `vocabulary` adds.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(vocabulary, name="vocabulary")
+
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's.")
@@ -95,6 +100,31 @@ def generate(
         temperature=temperature,
         do_sample=not greedy,
         seed=seed,
+    )
+
+
+@vocabulary.command()
+def mine(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="The file; else `vocabulary.tokens.from_file`, else <recipe>_words.txt."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="The most words to write.")] = 200,
+    min_occurrences: Annotated[int, typer.Option(min=1, help="Leave out words that occur less often.")] = 5,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where there is one.")] = False,
+) -> None:
+    """Find the words of the training text that would save the most tokens, and write them to a file to review."""
+    from kit.vocabulary import mine as mine_recipe
+
+    mine_recipe(
+        recipe,
+        overrides or [],
+        output=output,
+        count=count,
+        min_occurrences=min_occurrences,
+        overwrite=overwrite,
     )
 
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -61,8 +61,10 @@ def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> None:
     for row in rows:
         grid.add_row(*row)
     say()
-    unbounded = _console.options.update(max_width=10_000)
-    if Measurement.get(_console, unbounded, grid).minimum <= _console.width:
+    # Not rich's own measure, which takes a cell with spaces for one that may be folded.
+    lines = [[line for cell in cells for line in cell.split("\n")] for cells in zip(columns, *rows, strict=True)]
+    needed = names + sum(max(map(cell_len, cells)) for cells in lines[1:]) + 3 * len(columns) + 1
+    if needed <= _console.width:
         say(grid)
         return
     say(title, style="bold")

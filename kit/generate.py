@@ -6,7 +6,8 @@ from typing import Any
 from kit.console import quiet_libraries, say
 from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts
-from kit.model.loading import check_alignment, load_causal_lm
+from kit.model.alignment import check_alignment
+from kit.model.loading import load_causal_lm
 from kit.model.tokenizer import load_tokenizer
 from kit.recipe.models import ModelSection
 from kit.training.run_directory import RunDirectory

@@ -1,8 +1,9 @@
 """The product in reading order: what each command does, from recipe to scorecard."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,22 +24,27 @@ from kit.data.ledger import check_dropped, ledger_as_json, print_ledger
 from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
-from kit.files import build_once, disk_fault, hash_values, make_folder, read_json, read_seal, write_json
+from kit.files import build_once, hash_values, make_folder, read_json, read_seal, write_json
+from kit.model.freezing import apply_freezing, count_parameters
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import describe_special_tokens, tokenizer_key
+from kit.model.vocabulary import Extension
+from kit.model.vocabulary_audit import print_audit
 from kit.recipe.loading import dump_recipe, load_recipe, recipe_fingerprint
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
 from kit.tracking import WandbTracker
+from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
 from kit.training.arguments import make_training_arguments
+from kit.training.attempt import attempt, holding
 from kit.training.callbacks.display import Display
 from kit.training.callbacks.metrics_log import MetricsLog
 from kit.training.checkpoints import choose_checkpoint, discard_after
 from kit.training.earlier_run import check_same_recipe, effective_resume, inputs_key, is_finished
 from kit.training.memory import out_of_memory_explained
 from kit.training.plan import plan_steps
-from kit.training.preemption import Preempted, Preemption
+from kit.training.preemption import Preemption
 from kit.training.run_directory import RunDirectory, read_status
 from kit.training.topology import (
     barrier,
@@ -64,7 +70,7 @@ def train(recipe_path: str, overrides: list[str]) -> None:
     quiet_libraries()
     recipe = resolve_recipe(recipe_path, overrides)
     directory = RunDirectory(recipe.run.output_dir)
-    with _attempt(directory, recipe) as preemption:
+    with attempt(directory, recipe) as preemption:
         args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
         check_topology(args)
         asked = recipe
@@ -81,8 +87,10 @@ def train(recipe_path: str, overrides: list[str]) -> None:
         say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
         with out_of_memory_explained(recipe, args, directory):
             run = prepare_run(recipe, args, directory)
-            directory.note(data=run.corpus.key, model=run.model_key, parameters=run.model.num_parameters())
             before = measure_before(run)
+            run = extend_model(run, before["figures"])
+            total, trainable = count_parameters(run.model)
+            directory.note(data=run.corpus.key, model=run.model_key, parameters=total, trainable=trainable)
             with _tracker(run) as tracker:
                 figures = run_training(run, tracker, preemption)
                 after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
@@ -92,17 +100,20 @@ def train(recipe_path: str, overrides: list[str]) -> None:
 
 
 def prepare(recipe_path: str, overrides: list[str]) -> None:
-    """Do all of a run that needs no training: tokenizer, token stores, ledger, the scorecard's "before"."""
+    """Do all of a run that needs no training: tokenizer, token stores, ledger, the base model's figures, new tokens."""
     quiet_libraries()
     recipe = resolve_recipe(recipe_path, overrides)
     directory = RunDirectory(recipe.run.output_dir)
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
-    with _holding(directory):
+    with holding(directory):
         from_main_process(lambda: check_same_recipe(recipe, directory))
         with out_of_memory_explained(recipe, args):
-            before = measure_before(prepare_run(recipe, args, directory))
-    print_figures("Before training", before["figures"])
+            # What a finished run says of itself stays as it is.
+            run = prepare_run(recipe, args, None if directory.is_finished() else directory)
+            before = measure_before(run)["figures"]
+            print_figures("Before training", before)
+            extend_model(run, before)
 
 
 def evaluate(target: str, overrides: list[str], model: str | None, output: str | None) -> None:
@@ -117,6 +128,8 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
             raise UserError(f"{target}: no finished run (it has no model/); expected a run directory or a recipe file")
         model = str(directory.model)
     recipe = load_recipe(recipe_path, [*overrides, *(_instead_of_its_model(model) if model else [])])
+    # What is measured is the model that there is, with its own tokens.
+    recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None})
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
     with out_of_memory_explained(recipe, args):
@@ -134,7 +147,11 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with everything that was made from it."""
+    """A recipe with everything that was made from it.
+
+    `extension` and `base` are there where the recipe has a `vocabulary`; `model` has no rows for the tokens that it
+    adds until `extend_model` gives it some, and `added` then tells of them.
+    """
 
     recipe: Recipe
     task: ModuleType
@@ -144,6 +161,10 @@ class Run:
     corpus: Corpus
     model: PreTrainedModel
     model_key: str
+    extension: Extension | None = None
+    base: Base | None = None
+    added: AddedTokens | None = None
+    untrained: Mapping[str, Figures] = field(default_factory=dict)
 
     def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
         """Return the model's figures on every evaluation set."""
@@ -172,15 +193,19 @@ def prepare_run(
     task = TASKS[recipe.task]
     task.check_early(recipe)
 
-    def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus]:
+    def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus, Extension | None, Base | None]:
         make_folder("data.store_dir", recipe.data.store_dir)
         try:
-            tokenizer = task.prepare_tokenizer(recipe)
-            return tokenizer, task.prepare_examples(recipe, tokenizer, args.seed)
+            original = task.prepare_tokenizer(recipe)
+            tokenizer, extension = task.extend_vocabulary(recipe, original)
+            corpus = task.prepare_examples(recipe, tokenizer, args.seed)
+            if extension is None:
+                return tokenizer, corpus, None, None
+            return tokenizer, corpus, extension, Base(original, *task.recode_examples(recipe, corpus, original))
         except MemoryError as error:
             raise UserError(f"out of memory while the data is prepared ({error}); lower `data.num_proc`") from error
 
-    tokenizer, corpus = local_main_process_first(prepare_data)
+    tokenizer, corpus, extension, base = local_main_process_first(prepare_data)
     check_agreement("the same data", corpus.key, tokenizer_key(tokenizer))
     if not measures_only:
         describe_special_tokens(tokenizer)
@@ -191,19 +216,55 @@ def prepare_run(
         if not corpus.sets:
             warn("nothing is measured, before or after: give `data.validation` or `evaluation.sets`")
         plan_steps(len(corpus.rows), args)
-    model = task.load_model(recipe, tokenizer, args.seed).to(args.device)
+    original = base.tokenizer if base else tokenizer
+    model = task.load_model(recipe, original, args.seed).to(args.device)
     # Hashing the weights of a large model takes a while: once is enough.
     key = from_main_process(lambda: model_key(recipe.model, args.seed))
-    return Run(recipe, task, args, directory, tokenizer, corpus, model, key)
+    return Run(recipe, task, args, directory, tokenizer, corpus, model, key, extension, base)
 
 
 def measure_before(run: Run) -> dict[str, Any]:
-    """Return figures and samples of the base model, from the store if they were taken before."""
+    """Return figures and samples of the base model, with its own tokenizer."""
+    if run.base:
+        run = dataclasses.replace(run, tokenizer=run.base.tokenizer, corpus=run.base.corpus)
+    return _measure_once(run, "before")
+
+
+def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
+    """Give the tokens that the recipe adds their embeddings, audit them, and freeze what it freezes.
+
+    Args:
+        run: what was prepared; its model changes in place.
+        before: figures of the model as it was, to say what the new tokens alone do to them; else nothing is measured.
+    """
+    added, untrained, new_ids = None, {}, []
+    if run.extension:
+        rows_before = run.model.get_input_embeddings().weight.shape[0]
+        run.task.extend_model(run.model, run.recipe, run.tokenizer, run.extension, run.args.seed)
+        added = audit_added_tokens(run.model, rows_before, run.extension, run.tokenizer, run.corpus, run.base)
+        check_agreement("the same new embeddings", added.key)
+        print_audit(added.audit)
+        if before:
+            untrained = _measure_once(run, "extended", run.recipe.vocabulary.model_dump(), run.args.seed)["figures"]
+            report_untrained(before, untrained)
+        new_ids = [row.id for row in run.extension.rows]
+    apply_freezing(run.model, run.recipe.freezing, new_ids)
+    if run.recipe.freezing:
+        total, trainable = count_parameters(run.model)
+        say(f"freezing: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+    run = dataclasses.replace(run, added=added, untrained=untrained)
+    if added and run.directory and is_main_process():
+        save_audit(added, run.directory.vocabulary, untrained)
+    return run
+
+
+def _measure_once(run: Run, *state: Any) -> dict[str, Any]:
+    """Return figures and samples of the run's model in a certain state, from the store if they were taken before."""
     sets = {name: documents.key for name, documents in run.corpus.sets.items()}
     asked = run.recipe.evaluation.model_dump(mode="json")
     versions = [torch.__version__, transformers.__version__, run.args.device.type]
     derived_from = [run.model_key, tokenizer_key(run.tokenizer), sets, run.recipe.data.block_size, asked, versions]
-    key = hash_values("before", _BEFORE_FORMAT, *derived_from)
+    key = hash_values(*state, _BEFORE_FORMAT, *derived_from)
     folder = Path(run.recipe.data.store_dir) / "before" / key
     if not from_main_process(lambda: read_seal(folder) is not None):
         # The prompts first: one that is too long should not be found after everything was measured.
@@ -276,6 +337,8 @@ def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: Wan
         samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in pairs]
         write_json(run.directory.samples, samples)
         print_samples(samples)
+        if run.added:
+            save_audit(run.added, run.directory.vocabulary, run.untrained, (run.model, run.tokenizer))
         if tracker:
             tracker.summarise(scorecard)
         write_json(run.directory.scorecard, scorecard)
@@ -297,47 +360,6 @@ def resolve_recipe(recipe_path: str, overrides: list[str]) -> Recipe:
     recipe = load_recipe(recipe_path, overrides)
     folder = recipe.run.output_dir or f"runs/{Path(recipe_path).stem}"
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"output_dir": folder})})
-
-
-@contextmanager
-def _holding(directory: RunDirectory) -> Iterator[Preemption]:
-    """Hold the run directory and listen for SIGTERM."""
-    preemption = Preemption()
-    stop_listening = preemption.install()
-    directory.lock()
-    try:
-        yield preemption
-    finally:
-        stop_listening()
-        directory.unlock()
-
-
-@contextmanager
-def _attempt(directory: RunDirectory, recipe: Recipe) -> Iterator[Preemption]:
-    """Hold the run directory, and record in its manifest how the attempt ended."""
-    with _holding(directory) as preemption:
-        outcome = {"status": "failed"}
-        try:
-            yield preemption
-            outcome = {"status": "done"}
-        except UserError as error:
-            outcome = {"status": "user-error", "message": str(error)}
-            raise
-        except Preempted:
-            outcome = {"status": "preempted"}
-            raise
-        except KeyboardInterrupt:
-            outcome = {"status": "interrupted"}
-            raise
-        except Exception as error:
-            folders = {"run.output_dir": directory.path, "data.store_dir": recipe.data.store_dir}
-            if fault := disk_fault(error, folders):
-                outcome = {"status": "user-error", "message": fault}
-                raise UserError(fault) from error
-            outcome["message"] = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            directory.end(**outcome)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.cli import app
-from kit.recipe import data, models
+from kit.recipe import data, freezing, models, vocabulary
 
 KIT = Path(__file__).parents[1] / "kit"
 FILES = sorted(KIT.rglob("*.py"))
@@ -21,7 +21,7 @@ LAYERS = [
     ["tasks"],
     ["training"],
     ["run", "generate", "environment"],
-    ["check"],
+    ["check", "vocabulary"],
     ["cli"],
     ["__main__"],
 ]
@@ -82,6 +82,10 @@ def test_commands_change_deliberately():
     assert {command.callback.__name__ for command in app.registered_commands} == {
         "train", "check", "prepare", "evaluate", "generate", "inspect", "schema", "recipes", "env", "status",
     }  # fmt: skip
+    groups = {group.name: group.typer_instance.registered_commands for group in app.registered_groups}
+    assert {name: [command.callback.__name__ for command in commands] for name, commands in groups.items()} == {
+        "vocabulary": ["mine"]
+    }
 
 
 def test_recipe_keys_change_deliberately():
@@ -91,7 +95,7 @@ def test_recipe_keys_change_deliberately():
     )
     sections = {
         models: {
-            "Recipe": "task model data training evaluation run tracking",
+            "Recipe": "task model data vocabulary freezing training evaluation run tracking",
             "ModelSection": "name_or_path revision from_config tokenizer eos_token config dtype attn_implementation "
             "trust_remote_code",
             "TrainedTokenizer": "vocab_size",
@@ -112,6 +116,17 @@ def test_recipe_keys_change_deliberately():
             "Replay": "sources share",
             "NearDuplicates": "threshold ngram",
             "EvaluationOverlap": "ngram min_shared",
+        },
+        vocabulary: {
+            "AddedToken": "content description",
+            "TokensFile": "from_file",
+            "TemplateFile": "from_file",
+            "Roles": "bos_token eos_token pad_token system user assistant",
+            "VocabularySection": "special_tokens tokens roles chat_template initialize pad_to_multiple_of",
+        },
+        freezing: {
+            "TrainableParts": "new_tokens embeddings last_blocks",
+            "FreezingSection": "trainable",
         },
     }
     for module, expected in sections.items():

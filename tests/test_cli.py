@@ -43,6 +43,35 @@ def test_train_evaluate_generate_status(kit, write_recipe, tmp_path):
     assert kit("generate", tmp_path / "run", *options)[1] == out
 
 
+def test_vocabulary_mine(kit, write_recipe, tmp_path):
+    recipe, path = write_recipe(), tmp_path / "words.txt"
+    code, out, err = kit("vocabulary", "mine", recipe, "-o", path, "--count", 3)
+    assert (code, err) == (0, "")
+    assert f"vocabulary: {{tokens: {{from_file: {path}}}}}" in out
+    words = path.read_text(encoding="utf-8")
+    assert sum(not line.startswith("#") for line in words.split("\n\n", 1)[1].splitlines()) == 3
+    code, out, err = kit("vocabulary", "mine", recipe, "-o", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {path}: exists already")
+    assert path.read_text(encoding="utf-8") == words
+    assert kit("vocabulary", "mine", recipe, "-o", path, "--count", 3, "--overwrite")[0] == 0
+    assert path.read_text(encoding="utf-8") == words
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--count", "0"], ["--min-occurrences", "-1"], ["--min-occurrences", "1000000"], ["data.blocksize=1"]]
+    + [["-o", "missing/words.txt"], ["-o", "."], ["data.train.0.path=no/such/file.txt"]],
+)
+def test_vocabulary_mine_writes_nothing_when_something_is_wrong(kit, write_recipe, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = kit("vocabulary", "mine", write_recipe(), *options)
+    assert code == 2
+    assert len([line for line in err.splitlines() if "rror" in line]) == 1
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.txt"))
+
+
 @pytest.mark.parametrize("change", ["training.learning_rat=1", "data.train.0.path=no/such/file.txt", "model.dtype=fp8"])
 def test_user_errors_exit_with_2_and_one_message(kit, write_recipe, tmp_path, change):
     recipe = write_recipe()
@@ -77,6 +106,8 @@ def test_fault_of_ours_exits_with_1_and_a_traceback(kit, write_recipe, tmp_path,
         (["train"], "RECIPE"),
         (["train", "missing.yaml"], "missing.yaml"),
         (["evaluate", "missing"], "missing"),
+        (["vocabulary", "mien", "x.yaml"], "mien"),
+        (["vocabulary", "mine", "missing.yaml"], "missing.yaml"),
         (["generate", "no/such/model/here", "--prompt", "a"], "no/such/model/here"),
         (["generate", "m", "--prompt", "a", "--max-length", "3", "--max-new-tokens", "3"], "--max-length"),
         (["generate", "m", "--prompt", "a", "--top-k", "-1"], "top-k"),

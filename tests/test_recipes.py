@@ -1,5 +1,7 @@
 """Every shipped recipe and launch file is used: on the smallest stand-in that leaves all other keys as they are."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from kit import run
 from kit.check import check
 from kit.recipe.loading import dump_recipe, load_recipe
+from kit.recipe.vocabulary import TokensFile
 from tests.material import documents
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.relative_to(ROOT / "recipes").as_posix(): path for path in sorted((ROOT / "recipes").rglob("*.yaml"))}
 LAUNCH_FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
-GPT2 = ("gpt2", {"n_positions": 1024})
+GPT2 = ("gpt2", {"n_positions": 1024, "n_layer": 3})
 # What stands in for a recipe's model: its architecture, with as many positions as its rows need.
 STAND_INS = {
     "openai-community/gpt2": GPT2,
@@ -38,15 +41,19 @@ SIZES = {
 
 def test_the_sweep_sees_every_file():
     assert list(RECIPES) == [
+        "chat/lm_gpt2_chat.yaml",
+        "chat/lm_gpt2_new-tokens.yaml",
         "offline/lm_gpt2_adapt.yaml",
         "offline/lm_gpt2_control.yaml",
         "offline/lm_gpt2_pretrain.yaml",
+        "offline/lm_gpt2_words.yaml",
         "text/lm_distilgpt2_full.yaml",
         "text/lm_gpt2-large_checkpointing.yaml",
         "text/lm_gpt2-medium_checkpointing.yaml",
         "text/lm_gpt2-xl_checkpointing.yaml",
         "text/lm_gpt2_full.yaml",
         "text/lm_gpt2_scratch.yaml",
+        "text/lm_gpt2_words.yaml",
         "text/lm_qwen3_full.yaml",
         "text/lm_smollm2_full.yaml",
     ]
@@ -59,6 +66,7 @@ def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkey
     overrides = {
         **model_overrides(recipe, tiny_models),
         **data_overrides(recipe, tmp_path),
+        **vocabulary_overrides(recipe, tmp_path),
         "data.store_dir": tmp_path / "store",
         "run.output_dir": tmp_path / "run",
     }
@@ -112,7 +120,10 @@ def data_overrides(recipe, folder):
     def stand_in(key, source, seed, number):
         if source.path:
             path = folder / source.path
-            path.write_text("\n".join(documents(number, seed=seed)), encoding="utf-8")
+            lines = documents(number, seed=seed)
+            if source.template:
+                lines = [json.dumps(dict.fromkeys(re.findall(r"{(\w+)}", source.template), text)) for text in lines]
+            path.write_text("\n".join(lines), encoding="utf-8")
             overrides[f"{key}.path"] = path
         else:
             overrides.update({f"{key}.builtin": "docstrings", f"{key}.packages": "[accelerate]"})
@@ -125,6 +136,15 @@ def data_overrides(recipe, folder):
         if wanted.split is None:
             stand_in(f"evaluation.sets.{name}", wanted, seed=200 + i, number=20)
     return overrides
+
+
+def vocabulary_overrides(recipe, folder):
+    """Return the override that puts a file of three words in the place of mined ones."""
+    if recipe.vocabulary is None or not isinstance(recipe.vocabulary.tokens, TokensFile):
+        return {}
+    path = folder / "words.txt"
+    path.write_text("checkpoint\nscheduler    # 5 times\nreturns\n", encoding="utf-8")
+    return {"vocabulary.tokens.from_file": path}
 
 
 def flat(text):

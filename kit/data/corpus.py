@@ -1,7 +1,7 @@
 """From the recipe's `data` section to rows of training tokens, evaluation documents and the token ledger."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -112,6 +112,11 @@ class Corpus:
     ledger: list[LedgerRow]
     key: str
 
+    @property
+    def training(self) -> Selections:
+        """The documents that train, by store."""
+        return [(part.store, part.documents) for part in self.rows.parts]
+
 
 def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: TokenCoding, seed: int) -> Corpus:
     """Tokenise all sources (or find them tokenised), split and clean them, and lay out the rows of an epoch.
@@ -163,6 +168,23 @@ def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: T
             {name: documents.key for name, documents in evaluation.items()},
         ),
     )
+
+
+def recode(chosen: Selections, data: DataSection, coding: TokenCoding) -> Selections:
+    """Return the same documents as another tokenizer encodes them.
+
+    Raises:
+        UserError: a source has changed since.
+    """
+    result = []
+    for store, documents in chosen:
+        # Another tokenizer would read more of a source up to `max_tokens`, or less.
+        limited = store.stopped and store.source.max_tokens is not None
+        other = _open(data, store.source, coding, first=store.num_documents if limited else None)
+        if not np.array_equal(other.hashes, store.hashes):
+            raise UserError(f"data source `{store.name}`: changed while it was read; start again once it is at rest")
+        result.append((other, documents))
+    return result
 
 
 def _mix(data: DataSection, cleaned: list[Cleaned], seed: int) -> list[TrainPart]:
@@ -245,24 +267,37 @@ def training_documents_key(data: DataSection) -> str:
     return hash_values([(source_fingerprint(source), source.max_tokens) for source in data.train], split)
 
 
-def _open(data: DataSection, source: Source, coding: TokenCoding) -> TokenStore:
+def _open(data: DataSection, source: Source, coding: TokenCoding, first: int | None = None) -> TokenStore:
+    """Return the store of a source: of all that `max_tokens` lets in, or of its first documents."""
     check_unchanged = watch(source)  # before the fingerprint, which may take a while
+    content = source_fingerprint(source)
     store = open_store(
         data.store_dir,
         source.name,
-        source_fingerprint(source),
+        content if first is None else hash_values(content, "first", first),
         coding.key,
-        lambda: read_documents(source),
+        lambda: _first_texts(read_documents(source), first),
         coding.encode,
         coding.eos_token_id,
         coding.vocab_size,
-        source.max_tokens,
+        source.max_tokens if first is None else None,
         data.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         check_unchanged,
     )
     # How many documents a dataset has beyond its first ones is not read.
     first_ones = source.dataset is not None and store.num_documents == source.max_documents
-    return replace(store, stopped=store.stopped or first_ones)
+    return replace(store, source=source, stopped=store.stopped or first_ones)
+
+
+def _first_texts(documents: Iterable[str | LeftOut], number: int | None) -> Iterator[str | LeftOut]:
+    """Yield documents up to the text of this number, and what is left out before it."""
+    left = number
+    for document in documents:
+        if isinstance(document, str) and left is not None:
+            left -= 1
+        yield document
+        if left == 0:
+            return
 
 
 def _split(

@@ -15,6 +15,7 @@ separates words, and that longer words stay as they are: `asyncio` saves more wh
 """
 
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -84,10 +85,6 @@ class TextTotals:
         """UTF-8 bytes per token."""
         return self.num_bytes / self.tokens if self.tokens else 0.0
 
-    def after(self, words: Iterable[MinedWord]) -> "TextTotals":
-        """Return what is to be expected once `words` are tokens; `measure` with their tokenizer tells exactly."""
-        return replace(self, tokens=self.tokens - sum(word.saved for word in words))
-
 
 def mine_words(
     texts: Iterable[str],
@@ -145,10 +142,37 @@ def measure(texts: Iterable[str], encode: Encode) -> TextTotals:
     return totals
 
 
+def check_target(path: str | Path, overwrite: bool) -> None:
+    """Check that mined words can be written to a file, best before they are mined.
+
+    Raises:
+        UserError: it exists and `overwrite` is not given, it is no file, or its folder is missing or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device'}; expected a file to write words to")
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"{path}: exists already, perhaps with words that were chosen by hand; name another file (`--output`), or "
+            f"replace it (`--overwrite`)"
+        )
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: its folder {'cannot be written' if folder.is_dir() else 'does not exist'} ({folder})")
+
+
+def recipe_line(path: str | Path) -> str:
+    """Return the line of YAML with which a recipe uses the words of a file."""
+    plain = re.fullmatch(r"[\w./-]*\w\.[a-z]{2,}", str(path), re.ASCII)  # text to YAML, as `123` and `null` are not
+    name = str(path) if plain else json.dumps(str(path), ensure_ascii=False)
+    return f"vocabulary: {{tokens: {{from_file: {name}}}}}"
+
+
 def write_mined(
     path: str | Path,
     words: Sequence[MinedWord],
-    totals: TextTotals,
+    before: TextTotals,
+    after: TextTotals,
     header: Iterable[str] = (),
     overwrite: bool = False,
 ) -> None:
@@ -157,25 +181,22 @@ def write_mined(
     Args:
         path: the file; what a recipe calls `vocabulary.tokens.from_file`.
         words: what was mined.
-        totals: of the texts that it was mined from.
+        before: of the texts that it was mined from.
+        after: of the same texts, measured with the tokenizer that has the words.
         header: lines that say where the words are from, such as recipe and tokenizer.
         overwrite: replace the file where there is one already, and with it what was edited in it.
 
     Raises:
-        UserError: there is such a file, or a folder.
+        UserError: the file cannot be written, see `check_target`.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a file to write the words to")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists already, perhaps with words that were chosen by hand; name another file")
-    plain = re.fullmatch(r"[\w./-]*\w\.[a-z]{2,}", str(path), re.ASCII)  # text to YAML, as `123` and `null` are not
-    name = str(path) if plain else json.dumps(str(path), ensure_ascii=False)
+    check_target(path, overwrite)
     lines = [line for part in header for line in part.splitlines()]
     lines += [
-        *_summary(words, totals),
+        "",
+        *_summary(words, before, after),
+        "",
         "Delete the lines of words that are not worth a token, then let a recipe use the rest:",
-        f"    vocabulary: {{tokens: {{from_file: {name}}}}}",
+        f"    {recipe_line(path)}",
     ]
     width = min(24, max((len(word.word) for word in words), default=0))
     lines = [f"# {line}".rstrip() for line in lines] + [""]
@@ -185,31 +206,34 @@ def write_mined(
     write_text(path, "\n".join(lines).rstrip("\n") + "\n")
 
 
-def print_mined(words: Sequence[MinedWord], totals: TextTotals, most: int = 20) -> None:
-    """Print the first `most` words, and what all of them save."""
-    if words:
-        rows = [[word.word, f"{word.occurrences:,}", f"{word.pieces:,}", f"{word.saved:,}"] for word in words[:most]]
-        table("Words that save tokens", ["word", "occurrences", "tokens", "saved"], rows)
-        if len(words) > most:
-            say(f"and {len(words) - most:,} more")
-    for line in _summary(words, totals):
+def print_mined(words: Sequence[MinedWord], before: TextTotals, after: TextTotals, most: int = 20) -> None:
+    """Print the first `most` words, and what all of them save; `after` is measured with them (see `write_mined`)."""
+    rows = [[word.word, f"{word.occurrences:,}", f"{word.pieces:,}", f"{word.saved:,}"] for word in words[:most]]
+    table("Words that save tokens", ["word", "occurrences", "tokens", "saved"], rows)
+    if len(words) > most:
+        say(f"and {len(words) - most:,} more")
+    say()
+    for line in _summary(words, before, after):
         say(line)
-    if totals.most_missed:
+    if before.most_missed:
         warn(
-            f"there were more words than fit into memory: each may occur up to {totals.most_missed:,} times more often "
+            f"there were more words than fit into memory: each may occur up to {before.most_missed:,} times more often "
             f"than was counted"
         )
 
 
-def _summary(words: Sequence[MinedWord], totals: TextTotals) -> list[str]:
-    after = totals.after(words)
-    saved = totals.tokens - after.tokens
-    share = saved / totals.tokens if totals.tokens else 0.0
+def _summary(words: Sequence[MinedWord], before: TextTotals, after: TextTotals) -> list[str]:
+    change = (after.tokens - before.tokens) / before.tokens if before.tokens else 0.0
+    figures = [
+        ("tokens", f"{before.tokens:,}", f"{after.tokens:,} ({change:+.1%})"),
+        ("tokens per word", f"{before.fertility:.3f}", f"{after.fertility:.3f}"),
+        ("bytes per token", f"{before.bytes_per_token:.3f}", f"{after.bytes_per_token:.3f}"),
+    ]
+    width = max(len(old) for _, old, _ in figures)
+    size = f"{before.documents:,} documents, {before.num_bytes:,} bytes, {before.words:,} words"
     return [
-        f"{totals.documents:,} documents, {totals.num_bytes:,} bytes, {totals.words:,} words, {totals.tokens:,} tokens",
-        f"{len(words):,} words more as tokens save about {saved:,} tokens ({share:.1%})",
-        f"tokens per word: {totals.fertility:.3f}, then about {after.fertility:.3f}",
-        f"bytes per token: {totals.bytes_per_token:.3f}, then about {after.bytes_per_token:.3f}",
+        f"{size}; as they are, and with {'this word' if len(words) == 1 else f'these {len(words):,} words'}:",
+        *(f"    {name:<17}{old:>{width}} → {new}" for name, old, new in figures),
     ]
 
 

@@ -24,6 +24,7 @@ from kit.data.columns import LeftOut
 from kit.data.tokenising import Encode, EncodedBatch, encode_documents
 from kit.errors import UserError
 from kit.files import build_once, hash_values
+from kit.recipe.data import Source
 
 _FORMAT = 2  # raise it whenever the files below or their meaning change
 _MOST_EXAMPLES = 3
@@ -43,6 +44,7 @@ class TokenStore:
         hashes: uint64 (documents,), of each text.
         left_out: documents that are not stored: by cause their number (`documents`) and where some are (`examples`).
         stopped: `max_tokens` ended the reading before the source did.
+        source: what was tokenised.
     """
 
     name: str
@@ -53,6 +55,7 @@ class TokenStore:
     hashes: np.ndarray
     left_out: dict[str, dict[str, Any]]
     stopped: bool = False
+    source: Source | None = None
 
     @property
     def num_documents(self) -> int:

@@ -9,14 +9,20 @@ Figures = Mapping[str, float | int]
 
 # What never changes between before and after has no difference worth a column.
 _SIZES = {"tokens", "bytes", "documents"}
+# The only figure that does not depend on how a text is cut into tokens.
+_ACROSS_VOCABULARIES = {"bits_per_byte"}
 
 
 def make_scorecard(task: str, before: Mapping[str, Figures], after: Mapping[str, Figures]) -> dict[str, Any]:
-    """Return `before`, `after` and `delta` (after - before) for every set, as `scorecard.json` holds them."""
+    """Return `before`, `after` and `delta` (after - before) for every set, as `scorecard.json` holds them.
+
+    Where added tokens cut a set's text in another way, figures per token have no difference that means anything.
+    """
     sets = {}
     for name, old in before.items():
         new = after[name]
-        delta = {key: new[key] - old[key] for key in old if key not in _SIZES}
+        compared = old.keys() - _SIZES if old["tokens"] == new["tokens"] else _ACROSS_VOCABULARIES
+        delta = {key: new[key] - old[key] for key in old if key in compared}
         sets[name] = {"before": dict(old), "after": dict(new), "delta": delta}
     return {"task": task, "sets": sets}
 
@@ -25,22 +31,18 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
     """Print the scorecard as a table: three figures of each set, before, after and their difference."""
     rows = []
     for name, scores in scorecard["sets"].items():
-        old, new = scores["before"], scores["after"]
-        bits, perplexity, accuracy = (new[key] - old[key] for key in ("bits_per_byte", "perplexity", "token_accuracy"))
+        old, new, delta = scores["before"], scores["after"], scores["delta"]
+        bits = delta["bits_per_byte"]
         share = f" ({bits / old['bits_per_byte']:+.1%})" if old["bits_per_byte"] else ""
-        size = [f"{new['documents']:,} documents", f"{new['bytes']:,} bytes"]
-        rows += [
-            [
-                name,
-                "bits per byte",
-                f"{old['bits_per_byte']:.4f}",
-                f"{new['bits_per_byte']:.4f}",
-                f"{bits:+.4f}{share}",
-            ],
-            [size[0], "perplexity", f"{old['perplexity']:,.2f}", f"{new['perplexity']:,.2f}", f"{perplexity:+,.2f}"],
-            [size[1], "token accuracy", f"{old['token_accuracy']:.1%}", f"{new['token_accuracy']:.1%}"]
-            + [f"{accuracy:+.1%}"],
-        ]
+        cells = {
+            "bits per byte": ("bits_per_byte", "{:.4f}", "{:+.4f}" + share),
+            "perplexity": ("perplexity", "{:,.2f}", "{:+,.2f}"),
+            "token accuracy": ("token_accuracy", "{:.1%}", "{:+.1%}"),
+        }
+        lines = zip([name, f"{new['documents']:,} documents", f"{new['bytes']:,} bytes"], cells.items(), strict=True)
+        for first, (figure, (key, value, change)) in lines:
+            change = change.format(delta[key]) if key in delta else "other tokens"
+            rows.append([first, figure, value.format(old[key]), value.format(new[key]), change])
     if rows:
         table("Scorecard (lower bits per byte is better)", ["set", "figure", "before", "after", "Δ"], rows)
 

@@ -22,6 +22,7 @@ from transformers import (
 from kit.console import say, warn
 from kit.errors import UserError, did_you_mean, is_out_of_memory
 from kit.files import hash_file, hash_values
+from kit.model.alignment import check_embeddings, check_ids, check_positions, check_special_ids
 from kit.model.hub import check_weights, expand, from_hub
 from kit.recipe.models import ModelSection
 
@@ -34,7 +35,7 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
     """Load the causal LM of a recipe, on the CPU, in `section.dtype`.
 
     Raises:
-        UserError: it cannot be loaded, is no causal LM, or its weights are incomplete.
+        UserError: it cannot be loaded, is no causal LM, or its weights are incomplete or not tied as it says.
     """
     options = {"dtype": getattr(torch, section.dtype)}
     if section.from_config is not None:
@@ -68,6 +69,11 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
             **hub_options,
         )
     _check_complete(name, info)
+    check_embeddings(model)
+    if model.can_generate() and model.generation_config._from_model_config:
+        # Made from the file, without what the recipe overrides in it.
+        for key in {"bos_token_id", "eos_token_id", "pad_token_id"} & section.config.keys():
+            setattr(model.generation_config, key, getattr(config.get_text_config(), key))
     return model
 
 
@@ -80,15 +86,23 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         )
 
 
+def model_type(section: ModelSection) -> str:
+    """Return the `model_type` of a recipe's model."""
+    return str(section.from_config["model_type"]) if section.from_config else load_config(section).model_type
+
+
 def check_pretrained(section: ModelSection, block_size: int) -> PreTrainedConfig:
     """Check of a pretrained model what can be told without loading it, and return its configuration as overridden.
 
     Raises:
-        UserError: it is not to be found, is no causal LM, has fewer positions than a block, cannot use the attention
-            kernel that the recipe names, or its weights are pickled, missing or cut off.
+        UserError: it is not to be found, is no causal LM, has fewer positions than a block, names special tokens that
+            it has no embedding for, cannot use the attention kernel that the recipe names, or its weights are pickled,
+            missing or cut off.
     """
     config = _override(load_config(section), section.config, "model.config")
     check_config(config, section.name_or_path, block_size)
+    if isinstance(rows := getattr(config.get_text_config(), "vocab_size", None), int):
+        check_special_ids(config.get_text_config(), rows, section.name_or_path)
     _check_sdpa(section, config)
     if Path(name := expand(section.name_or_path)).is_dir():
         check_weights("model.name_or_path", name)
@@ -110,18 +124,6 @@ def model_key(section: ModelSection, seed: int) -> str:
     return hash_values(section.name_or_path, commit or section.revision, settings)
 
 
-def check_alignment(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-    """Check that model, tokenizer and block size fit together.
-
-    Raises:
-        UserError: the tokenizer makes ids that the model has no embedding for, or blocks are longer than the model's
-            positions.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    _check_ids(tokenizer, rows, model.config.name_or_path)
-    _check_positions(model.config, block_size)
-
-
 def check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check by its configuration alone that a model has an embedding for each id, before anything is tokenised.
 
@@ -133,17 +135,7 @@ def check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
     else:
         rows = getattr(load_config(section).get_text_config(), "vocab_size", None)
     if isinstance(rows, int):
-        _check_ids(tokenizer, rows, section.name_or_path)
-
-
-def _check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, name: str | None) -> None:
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        model = f"the model `{name}`" if name else "the fresh model"
-        raise UserError(
-            f"the tokenizer ({tokenizer.name_or_path}) has ids up to {largest:,}, but {model} has {rows:,} embeddings: "
-            f"this tokenizer belongs to another model"
-        )
+        check_ids(tokenizer, rows, section.name_or_path)
 
 
 def check_config(config: PreTrainedConfig, name: str, block_size: int) -> None:
@@ -157,7 +149,7 @@ def check_config(config: PreTrainedConfig, name: str, block_size: int) -> None:
             f"model.name_or_path: `{name}` is of type `{config.model_type}`, which has no causal language model; "
             f"`task: causal-lm` needs a decoder such as GPT-2 or Llama"
         )
-    _check_positions(config, block_size)
+    check_positions(config, block_size)
 
 
 def _attention(section: ModelSection, config: PreTrainedConfig) -> str | None:
@@ -187,14 +179,6 @@ def _check_sdpa(section: ModelSection, config: PreTrainedConfig) -> None:
     else:
         return
     raise UserError(f"model.attn_implementation: sdpa {reason}; leave the key out, or set it to `eager`")
-
-
-def _check_positions(config: PreTrainedConfig, block_size: int) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and block_size > positions:
-        raise UserError(
-            f"data.block_size: found {block_size:,}; expected at most {positions:,}, the positions that the model has"
-        )
 
 
 def _fresh_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

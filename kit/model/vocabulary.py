@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds: read, put into the tokenizer without losing text, and given rows by id.
+"""Tokens that a recipe adds: read, and put into the tokenizer without losing text.
 
 Added tokens of the `tokenizers` library lose the space before a word or orphan it: byte-level BPE would write " kinase"
 as a lone space and the word, a token more and a sequence that the model has not seen. Words therefore go into the model
@@ -6,35 +6,34 @@ of a BPE tokenizer, as they stand after a space and as they stand elsewhere, wit
 whole pre-token from the vocabulary, as Llama 3's own tokenizer does. Longer words never match.
 """
 
+import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-import torch
 from tokenizers import Tokenizer
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
     TOKENIZER_MAPPING_NAMES,
 )
 
 from kit.console import say, warn
-from kit.errors import UserError
-from kit.recipe.vocabulary import AddedToken, Initialization, TokensFile, VocabularySection
+from kit.errors import UserError, suggest
+from kit.files import hash_file, hash_values
+from kit.recipe.vocabulary import AddedToken, TemplateFile, TokensFile, VocabularySection
 
 _COMMENT = re.compile(r"(^|\s)#.*$")
+_LONGEST = 500  # characters of a token: what is longer is text, from a file that holds no list
+_SHOWN = 20  # tokens or mistakes in a message
 _SPACE = "▁"  # what SentencePiece writes for a space
-# Of transformers' `resize_token_embeddings(mean_resizing=True)`, after https://nlp.stanford.edu/~johnhew/vocab-expansion
-_COVARIANCE_SCALE = 1e-9
 _USUAL_TYPES = {"Qwen2Tokenizer": "qwen2", "Qwen3_5Tokenizer": "qwen3_5"}
-_CHUNK = 1 << 22  # tokens
-_ROWS = 1 << 13  # of a matrix, in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,6 @@ class Extension:
 
 
 @dataclass(frozen=True)
-class InitializedRow:
-    """What a new row began as, with its Euclidean length in the input embeddings and, if there are any, the output."""
-
-    row: AddedRow
-    norms: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class _Form:
     entry: str  # as it stands in the vocabulary
     text: str
@@ -79,8 +70,8 @@ def read_tokens(section: VocabularySection) -> tuple[list[AddedToken], list[Adde
     """Return the special tokens and the ordinary ones that a recipe's `vocabulary` section declares.
 
     Raises:
-        UserError: the file is missing or no UTF-8; a token is empty, only whitespace, an ordinary word with whitespace
-            at its ends, or declared twice.
+        UserError: the file is missing or no UTF-8; a token is only whitespace, very long or declared twice, holds NUL,
+            or is an ordinary word with line breaks or with whitespace at its ends.
     """
     special = _listed("special_tokens", section.special_tokens)
     if isinstance(section.tokens, TokensFile):
@@ -88,41 +79,84 @@ def read_tokens(section: VocabularySection) -> tuple[list[AddedToken], list[Adde
     else:
         ordinary = _listed("tokens", section.tokens)
     seen = {}
-    for where, declared in [*special, *ordinary]:
-        token = declared.token
-        if not token.strip():
-            raise UserError(f"{where}: found {token!r}; expected a token that is more than whitespace")
-        if (where, declared) not in special and token != token.strip():
-            raise UserError(f"{where}: found {token!r}; expected a word without whitespace at its ends")
+    for number, (where, declared) in enumerate([*special, *ordinary]):
+        token = declared.content
+        if expected := _expected_instead(token, number < len(special)):
+            found = repr(token) if len(token) <= _LONGEST else f"{len(token):,} characters"
+            raise UserError(f"{where}: found {found}; expected a {expected}")
+        if declared.description and not declared.description.strip():
+            raise UserError(
+                f"{where}.description: found {declared.description!r}; expected a phrase that says something"
+            )
         if token in seen:
             raise UserError(f"{where}: `{token}` is declared already, in {seen[token]}")
         seen[token] = where
     return [token for _, token in special], [token for _, token in ordinary]
 
 
+def _expected_instead(token: str, special: bool) -> str | None:
+    """Return what is expected in the place of a token that cannot be one; None where it can."""
+    if len(token) > _LONGEST:
+        return f"token of at most {_LONGEST:,}"
+    if not token.strip():
+        return "token that is more than whitespace"
+    if "\0" in token:
+        return "token without NUL characters"
+    if not special and token != token.strip():
+        return "word without whitespace at its ends"
+    if not special and len(token.splitlines()) > 1:
+        return "word without line breaks"
+    return None
+
+
+def vocabulary_key(section: VocabularySection | None) -> str | None:
+    """Return a hash of the files that a section names; None where it names none."""
+    parts = (section.tokens, section.chat_template) if section else ()
+    files = [Path(part.from_file).expanduser() for part in parts if isinstance(part, TokensFile | TemplateFile)]
+    return hash_values([hash_file(file) if file.is_file() else None for file in files]) if files else None
+
+
 def _listed(key: str, tokens: Iterable[str | AddedToken]) -> list[tuple[str, AddedToken]]:
-    declared = (AddedToken(token=token) if isinstance(token, str) else token for token in tokens)
-    return [(f"vocabulary.{key}[{number}]", token) for number, token in enumerate(declared)]
+    declared = (AddedToken(content=token) if isinstance(token, str) else token for token in tokens)
+    return [(f"vocabulary.{key}.{number}", token) for number, token in enumerate(declared)]
 
 
 def _read_file(name: str) -> list[tuple[str, AddedToken]]:
     """Return the tokens of a file with the places where they stand; whitespace around them is none of theirs."""
-    path = Path(name).expanduser()
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"vocabulary.tokens.from_file: {name}: {error.strerror}") from None
     tokens = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read_bytes(name).split(b"\n"), start=1):
+        if b"\0" in line:
+            raise UserError(f"{name}:{number}: holds NUL characters, as UTF-16 text does; save the file in UTF-8")
         try:
             text = _COMMENT.sub("", line.decode("utf-8")).strip()
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}:{number}: no UTF-8 ({error.reason}); save the file in UTF-8") from None
+            found = f"byte 0x{line[error.start]:02x} is not UTF-8"
+            raise UserError(f"{name}:{number}: {found}; save the file in UTF-8") from None
         if text:
-            tokens.append((f"{name}:{number}", AddedToken(token=text)))
+            tokens.append((f"{name}:{number}", AddedToken(content=text)))
     if not tokens:
-        raise UserError(f"vocabulary.tokens.from_file: {name} holds no tokens")
+        raise UserError(
+            f"vocabulary.tokens.from_file: {name} holds no tokens; expected one a line, `#` begins a comment"
+        )
     return tokens
+
+
+def _read_bytes(name: str) -> bytes:
+    """Return the content of a file of tokens, without the byte order mark of UTF-8."""
+    key, path = "vocabulary.tokens.from_file", Path(name).expanduser()
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = suggest(path.name, siblings) or "; `kit vocabulary mine` writes such a file"
+        raise UserError(f"{key}: {name}: no such file{hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{key}: {name}: is a folder; expected a file with one token a line") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        raise UserError(f"{key}: {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name}:1: UTF-16 text; save the file in UTF-8")
+    return raw.removeprefix(b"\xef\xbb\xbf")
 
 
 def extend_tokenizer(
@@ -145,10 +179,11 @@ def extend_tokenizer(
     old_vocabulary = tokenizer.get_vocab()
     old_ids = set(old_vocabulary.values())
     old_size = max(old_ids) + 1
-    described = {t.token: _encode(tokenizer, t.description) for t in [*special, *ordinary] if t.description}
+    described = {t.content: _encode(tokenizer, t.description) for t in [*special, *ordinary] if t.description}
     words = _Words(tokenizer, model_type)
-    planned = {t.token: [] if t.token in old_vocabulary else [_Form(t.token, t.token, ())] for t in special}
-    of_words = {token.token: words.forms(token.token) for token in ordinary}
+    planned = {t.content: [] if t.content in old_vocabulary else [_Form(t.content, t.content, ())] for t in special}
+    of_words = _forms_of(words, ordinary)
+    turned = {t for t, forms in planned.items() if not forms and not _is_special(tokenizer, old_vocabulary[t])}
     if special:
         added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in planned]
         tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
@@ -162,13 +197,71 @@ def extend_tokenizer(
         rows.append(AddedRow(token, vocabulary[form.entry], token in planned, pieces, method, form.text))
     if {row.id for row in rows} & old_ids or len({row.id for row in rows}) < len(rows):
         raise UserError(f"vocabulary: the tokenizer ({tokenizer.name_or_path}) has gaps and gives new tokens old ids")
-    _check_whole(tokenizer, words.backend, rows)
+    taken = [*rows, *(AddedRow(token, old_vocabulary[token], True, (), "", token) for token in turned)]
+    faults: dict[str, str] = {}
+    for row, fault in _faults(tokenizer, words.backend, taken):
+        faults.setdefault(row.token, fault)
+    _refuse(faults.values())
     existing = [token for token, forms in [*planned.items(), *of_words.items()] if not forms]
-    if existing:
-        say(f"vocabulary: in the tokenizer already, and left as they are: {', '.join(existing)}")
+    if left := [token for token in existing if token not in turned]:
+        say(f"vocabulary: in the tokenizer already, and left as they are: {_listing(left)}")
+    if turned:
+        warn(f"ordinary tokens become special ones, to be cut out of texts before all else: {_listing(sorted(turned))}")
     if len(rows) > len(old_vocabulary) / 2:
         warn(f"the vocabulary grows from {len(old_vocabulary):,} tokens by {len(rows):,}, more than half of it")
     return Extension(tuple(rows), tuple(existing), old_size, tuple(sorted(set(range(old_size)) - old_ids)))
+
+
+def _forms_of(words: "_Words", ordinary: list[AddedToken]) -> "dict[str, list[_Form]]":
+    """Return the forms of all words, or raise what is wrong with any of them: a list is not to be mended one by one."""
+    of_words, faults = {}, []
+    for token in ordinary:
+        try:
+            of_words[token.content] = words.forms(token.content)
+        except UserError as error:
+            faults.append(str(error))
+    _refuse(faults)
+    return of_words
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    if faults := list(faults):
+        more = [f"and {len(faults) - _SHOWN:,} more like them"] if len(faults) > _SHOWN else []
+        raise UserError("\n".join([*faults[:_SHOWN], *more]))
+
+
+def _listing(tokens: list[str]) -> str:
+    more = f" and {len(tokens) - _SHOWN:,} more" if len(tokens) > _SHOWN else ""
+    return ", ".join(tokens[:_SHOWN]) + more
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    token = tokenizer.added_tokens_decoder.get(number)
+    return number in tokenizer.all_special_ids or (token is not None and token.special)
+
+
+def with_words(
+    tokenizer: PreTrainedTokenizerBase, words: Iterable[str], model_type: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer with some words as `extend_tokenizer` adds them, to see what they would save.
+
+    Words that the vocabulary has already, and those that `extend_tokenizer` would refuse, are passed over in silence.
+    """
+    accepted, refused = list(words), None
+    while refused is None or refused:
+        extended = copy.deepcopy(tokenizer)
+        taker, of_words = _Words(extended, model_type), {}
+        for word in accepted:
+            with suppress(UserError):
+                of_words[word] = taker.forms(word)
+        taker.add(of_words)
+        vocabulary = extended.get_vocab()
+        forms = [(word, form) for word, forms in of_words.items() for form in forms]
+        rows = [AddedRow(word, vocabulary[form.entry], False, form.pieces, "", form.text) for word, form in forms]
+        # All at once, since each try takes a tokenizer of its own.
+        refused = {row.token for row, _ in _faults(extended, taker.backend, rows)}
+        accepted = [word for word in of_words if word not in refused]
+    return extended
 
 
 class _Words:
@@ -261,21 +354,33 @@ class _Words:
 
 def _isolate(state: dict[str, Any], words: list[str]) -> None:
     """Set words apart, each with the space before it, in a tokenizer whose pre-tokens run across spaces."""
-    longest_first = sorted((re.escape(word.replace(" ", _SPACE)) for word in words), key=len, reverse=True)
     # Text such as `<0x0A>` right behind a word would be a pre-token of its own, and be taken for the byte's token.
-    pattern = rf"{_SPACE}?(?<!\w)(?:{'|'.join(longest_first)})(?!\w)|<(?=0x[0-9A-F]{{2}}>)"
+    any_word = _any_of([word.replace(" ", _SPACE) for word in words])
+    pattern = rf"{_SPACE}?(?<!\w)(?:{any_word})(?!\w)|<(?=0x[0-9A-F]{{2}}>)"
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     before = state["pre_tokenizer"]
     steps = [] if before is None else before["pretokenizers"] if before["type"] == "Sequence" else [before]
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, split]}
 
 
+def _any_of(words: list[str]) -> str:
+    """Return a pattern for the longest of some words that fits, branching by letters: a list is tried word by word."""
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(words), max(words), strict=False))
+    prefix = "".join(letter for letter, _ in shared)
+    rests = {word[len(prefix) :] for word in words}
+    branches = [_any_of(list(some)) for _, some in groupby(sorted(rests - {""}), key=lambda rest: rest[0])]
+    longer = f"(?:{'|'.join(branches)}){'?' if '' in rests else ''}" if branches else ""
+    return re.escape(prefix) + longer
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _check_whole(tokenizer: PreTrainedTokenizerBase, old: Tokenizer | None, rows: list[AddedRow]) -> None:
-    """Make sure that each new token is found, and that no text is lost that was not lost before."""
+def _faults(
+    tokenizer: PreTrainedTokenizerBase, old: Tokenizer | None, rows: list[AddedRow]
+) -> Iterator[tuple[AddedRow, str]]:
+    """Yield each new token that is not found, or with which text is lost that was not before, and what is wrong."""
     if old is None:
         return
     name, decode = tokenizer.name_or_path, tokenizer.backend_tokenizer.decode
@@ -284,117 +389,9 @@ def _check_whole(tokenizer: PreTrainedTokenizerBase, old: Tokenizer | None, rows
         probes = [token] if row.special else [f"a{text} b", text, f"({token}){text}\n{token}"]
         encoded = [_encode(tokenizer, probe) for probe in probes]
         if not any(row.id in ids for ids in encoded):
-            raise UserError(f"vocabulary: the tokenizer ({name}) would never find {token!r} in a text; leave it out")
+            yield row, f"vocabulary: the tokenizer ({name}) would never find {token!r} in a text; leave it out"
         for probe, ids in zip(probes, encoded, strict=True):
             kept = row.special or old.decode(old.encode(probe, add_special_tokens=False).ids) == probe
             if kept and (now := decode(list(ids), skip_special_tokens=False)) != probe:
-                raise UserError(
-                    f"vocabulary: with {row.token!r} the tokenizer ({name}) would read {probe!r} back as {now!r}; it "
-                    f"cannot take this token whole without losing text"
-                )
-
-
-def resize_and_initialise(
-    model: PreTrainedModel,
-    extension: Extension,
-    tokenizer_size: int,
-    initialize: Initialization,
-    pad_to_multiple_of: int | None,
-    seed: int,
-) -> list[InitializedRow]:
-    """Give each added token its row, by id, in the input and output embeddings and the head's bias.
-
-    The matrices grow only where the largest id asks for it, then to a multiple of `pad_to_multiple_of`, and never
-    shrink: rows that padding has left are used first. Old rows keep every bit. The seed alone decides what is drawn,
-    and the global generators are left as they were.
-
-    `tokenizer_size` is the largest id of the extended tokenizer, plus one. The rows of `extension` know their methods;
-    `initialize` decides of rows that grow without a token: zero for `zeros`, else the mean.
-    """
-    sharing = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    rows_before = model.get_input_embeddings().weight.shape[0]
-    needed = max([tokenizer_size, *(row.id + 1 for row in extension.rows)])
-    with torch.random.fork_rng(), torch.no_grad():
-        if needed > rows_before:
-            model.resize_token_embeddings(needed, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-            _unshare(model, sharing)
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        old = np.setdiff1d(np.arange(min(extension.old_size, rows_before)), extension.holes)
-        spare = set(range(rows_before, inputs.weight.shape[0])) - {row.id for row in extension.rows}
-        spare_method = "zeros" if initialize == "zeros" else "mean"
-        targets = [(number, spare_method, ()) for number in sorted(spare)]
-        targets += [(row.id, row.method, row.pieces) for row in extension.rows]
-        parameters = [(inputs, inputs.weight)]
-        if outputs is not None and outputs.weight is not inputs.weight:
-            parameters.append((outputs, outputs.weight))
-        if getattr(outputs, "bias", None) is not None:
-            parameters.append((None, outputs.bias))
-        for number, (module, parameter) in enumerate(parameters):
-            torch.manual_seed(seed + number)
-            _fill(model, module, parameter, old, targets)
-        model.tie_weights()
-
-    weights = [module.weight.detach() for module in (inputs, outputs) if module is not None]
-    return [InitializedRow(r, tuple(float(w[r.id].double().norm()) for w in weights)) for r in extension.rows]
-
-
-def _unshare(model: nn.Module, before: dict[str, int]) -> None:
-    """Undo sharing that resizing began: an untied BERT would save one of its head's two biases, and load zeros."""
-    first = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if before[first.setdefault(id(parameter), name)] != before[name]:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(parameter.detach().clone()))
-
-
-def _fill(
-    model: PreTrainedModel, module: nn.Module | None, parameter: nn.Parameter, old: np.ndarray, targets: list[tuple]
-) -> None:
-    """Write rows into a matrix (rows × width), or into a bias (rows; no module), each by its (id, method, pieces)."""
-    samples = sum(method == "mean-covariance" for _, method, _ in targets)
-    mean, noise = _moments(parameter.detach(), torch.from_numpy(old).to(parameter.device), samples)
-    count = sum(method == "random" for _, method, _ in targets)
-    fresh = torch.zeros(count, *parameter.shape[1:])
-    if module is not None and count:
-        width = parameter.shape[1]
-        new = nn.Embedding(count, width) if isinstance(module, nn.Embedding) else nn.Linear(width, count, bias=False)
-        model._init_weights(new)
-        fresh = new.weight.detach()
-    random_rows, noise_rows = iter(fresh), iter(noise)
-    for number, method, pieces in targets:
-        if method == "random":
-            value = next(random_rows)
-        elif method == "zeros":
-            value = torch.zeros_like(mean)
-        elif method == "mean-covariance":
-            value = mean + next(noise_rows)
-        elif method in ("subword-mean", "description") and pieces:
-            value = parameter.detach()[list(pieces)].double().mean(0)
-        else:
-            value = mean
-        parameter.data[number] = value.to(parameter.device, parameter.dtype)
-
-
-def _moments(matrix: torch.Tensor, old: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean of the old rows, and samples of noise with their covariance, scaled, in float64."""
-    mean = sum(matrix[ids].double().sum(0) for ids in old.split(_ROWS)) / len(old)
-    noise = torch.zeros(samples, *mean.shape, dtype=torch.float64, device=mean.device)
-    for ids in old.split(_ROWS) if samples else ():
-        # A weighted sum of centred rows has exactly their covariance, however few or dependent they are.
-        weights = torch.randn(samples, len(ids), dtype=torch.float64).to(mean.device)
-        noise += weights @ (matrix[ids].double() - mean)
-    return mean, noise * (_COVARIANCE_SCALE / len(old)) ** 0.5
-
-
-def audit_occurrences(rows: Iterable[AddedRow], tokens_of_stores: Iterable[np.ndarray]) -> dict[int, int]:
-    """Count how often each added id occurs in arrays of token ids, which may be mapped from files; zeros included."""
-    ids = sorted(row.id for row in rows)
-    if not ids:
-        return {}
-    counts = np.zeros(ids[-1] - ids[0] + 1, dtype=np.int64)
-    for tokens in tokens_of_stores:
-        for start in range(0, len(tokens), _CHUNK):
-            chunk = np.asarray(tokens[start : start + _CHUNK]).astype(np.int64)
-            chunk = chunk[(chunk >= ids[0]) & (chunk <= ids[-1])]
-            counts += np.bincount(chunk - ids[0], minlength=len(counts))
-    return {number: int(counts[number - ids[0]]) for number in ids}
+                fault = f"with {token!r} the tokenizer ({name}) would read {probe!r} back as {now!r}; it cannot take"
+                yield row, f"vocabulary: {fault} this token whole without losing text"

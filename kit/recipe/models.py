@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kit.recipe.data import DATA_SPLITS, DataSection, Source, ValidationFraction
+from kit.recipe.freezing import FreezingSection
 from kit.recipe.section import Section, Text, sequence, text_or_mapping
+from kit.recipe.vocabulary import VocabularySection
 
 
 class TrainedTokenizer(Section):
@@ -182,11 +184,39 @@ class Recipe(Section):
     """The kind of model and objective."""
     model: ModelSection
     data: DataSection
+    vocabulary: VocabularySection | None = None
+    """Tokens that are added to the tokenizer, and what their rows of the embeddings begin as."""
+    freezing: FreezingSection | None = None
+    """Which parameters train; without this section all of them."""
     training: dict[str, Any] = {}
     """`TrainingArguments` under their own names."""
     evaluation: EvaluationSection = EvaluationSection()
     run: RunSection = RunSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _one_eos(self) -> "Recipe":
+        role = self.vocabulary.roles.eos_token if self.vocabulary else None
+        if role and self.model.eos_token:
+            raise ValueError(
+                f"`model.eos_token` is `{self.model.eos_token}` and `vocabulary.roles.eos_token` is `{role}`: leave "
+                f"out one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens_learn(self) -> "Recipe":
+        if self.freezing is None:
+            return self
+        adds = self.vocabulary is not None and (self.vocabulary.special_tokens or self.vocabulary.tokens)
+        if adds and not self.freezing.trainable.trains_new_tokens:
+            raise ValueError(
+                "freezing.trainable freezes the embeddings: the tokens that `vocabulary` adds would never learn; "
+                "set `freezing.trainable.new_tokens: true`"
+            )
+        if self.freezing.trainable.new_tokens and not adds:
+            raise ValueError("freezing.trainable.new_tokens there are none: `vocabulary` adds no token")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

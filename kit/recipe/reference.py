@@ -71,6 +71,8 @@ DECIDED = {
 _EXAMPLES = {
     "model": "text/lm_gpt2_full",
     "data": "text/lm_gpt2_full",
+    "vocabulary": "chat/lm_gpt2_chat",
+    "freezing": "chat/lm_gpt2_new-tokens",
     "training": "text/lm_gpt2_full",
     "evaluation": "offline/lm_gpt2_adapt",
     "run": "text/lm_gpt2_full",

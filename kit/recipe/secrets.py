@@ -33,6 +33,9 @@ _SECRET_KEY = re.compile(
     r"|access_key|access_key_id|client_secret|password|passwd)$"
 )
 
+# The tokens of a vocabulary are words: `token` there is a wrong name for `content`, to be told as such.
+_ABOUT_WORDS = "vocabulary"
+
 
 def refuse_secrets_in_text(text: str, source: str) -> None:
     """Raise UserError when a line of the text, comments included, holds something in the format of a credential."""
@@ -56,7 +59,9 @@ def refuse_secret_override(override: str) -> None:
     """
     dotted, _, value = override.partition("=")
     lone = _is_secret(tuple(dotted.strip().split(".")), value.strip().strip("\"'"))
-    inner_keys = any(_SECRET_KEY.search(_normal(name)) for name in re.findall(r"([\w-]+)[\"']?\s*:\s", f"{value} "))
+    section = dotted.strip().split(".")[0]
+    names = re.findall(r"([\w-]+)[\"']?\s*:\s", f"{value} ")
+    inner_keys = any(_names_a_secret((section, name)) for name in names)
     inner_hex = re.search(r"(?<![\w/])[0-9a-fA-F]{40}(?!\w)", value) and not re.search("revision|commit|sha", override)
     if lone or inner_keys or inner_hex or _FORMATS.search(override):
         shown = "(not shown)" if _FORMATS.search(dotted) else dotted.strip()
@@ -74,7 +79,13 @@ def _is_secret(keys: Keys, value: Any) -> bool:
     if _FORMATS.search(text) or (_FORTY_HEX.match(text) and not _COMMIT_KEY.search(name)):
         return True
     given = value is not None and not isinstance(value, bool) and text not in ("", "null", "~", "true", "false")
-    return given and bool(_SECRET_KEY.search(name))
+    return given and _names_a_secret((*keys[:1], name))
+
+
+def _names_a_secret(keys: Keys) -> bool:
+    """Tell whether the last of some keys is the name of a secret, in the section that the first one is."""
+    name = _normal(str(keys[-1]))
+    return bool(_SECRET_KEY.search(name)) and (keys[0], name) != (_ABOUT_WORDS, "token")
 
 
 def _scalars(data: Any, keys: Keys) -> list[tuple[Keys, Any]]:

@@ -33,6 +33,14 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "run.resume",
 }
 
+# The same within a section.
+_BESIDE = {"token": "content", "word": "content", "file": "from_file", "path": "from_file"}
+# What no key does.
+_IMPOSSIBLE = {
+    "remove_tokens": "tokens cannot be removed from a tokenizer: the ids of all others, which are rows of the model's "
+    "embeddings, would change; tokens that the text does not hold cost nothing but memory",
+}
+
 
 class Problem(NamedTuple):
     """One mistake: the way to it, and what is wrong there."""
@@ -172,13 +180,16 @@ def explain_unknown_key(name: str, section: Keys, valid: Iterable[str], training
         valid: the keys that the section has.
         training_names: the keys of `training`, which the models do not list.
     """
-    homes = _homes(training_names)
+    homes, valid = _homes(training_names), list(valid)
+    if name.lower() in _IMPOSSIBLE:
+        return f"unknown key; {_IMPOSSIBLE[name.lower()]}"
+    if _BESIDE.get(name.lower()) in valid:
+        return f"unknown key; did you mean `{_BESIDE[name.lower()]}`?"
     if here := homes.get(name):
         where = [f"under `{place}`" if place else "at the top level" for place in here[:3]]
         return f"unknown key; `{name}` belongs {' or '.join(where)}"
     if name.lower() in _ELSEWHERE:
         return f"unknown key; did you mean `{_ELSEWHERE[name.lower()]}`?"
-    valid = list(valid)
     # In other sections only what is hardly a guess: any word resembles one of so many names.
     elsewhere = difflib.get_close_matches(name.lower(), homes, n=1, cutoff=0.8)
     if elsewhere and not nearest(name, valid):

@@ -3,18 +3,34 @@
 Each task module has the same functions; `kit.run` calls them and knows no task by name.
 """
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kit.data.blocks import IGNORE_INDEX
-from kit.data.corpus import Corpus, TokenCoding, build_corpus, training_documents, training_documents_key
+from kit.data.cleaning import Selections
+from kit.data.corpus import (
+    Corpus,
+    EvaluationDocuments,
+    TokenCoding,
+    build_corpus,
+    recode,
+    training_documents,
+    training_documents_key,
+)
 from kit.evaluation.language_modeling import evaluate_documents
+from kit.model.alignment import align_configuration, check_alignment
+from kit.model.embeddings import resize_and_initialise
+from kit.model.freezing import check_blocks
 from kit.model.isolation import check_isolation
-from kit.model.loading import check_alignment, check_pretrained, check_vocabulary, load_causal_lm
+from kit.model.loading import check_pretrained, check_vocabulary, load_causal_lm, model_type
+from kit.model.roles import apply_roles
 from kit.model.tokenizer import decoder, encoder, load_tokenizer, special_tokens, tokenizer_key
+from kit.model.vocabulary import Extension, extend_tokenizer
 from kit.recipe.models import Recipe
 
 Figures = dict[str, float | int]
@@ -29,10 +45,11 @@ def check_early(recipe: Recipe) -> None:
     """Check of the model what its configuration alone tells, before hours of tokenising.
 
     Raises:
-        UserError: it cannot be found, is no causal LM, has fewer positions than a block, or its weights are unusable.
+        UserError: it cannot be found, is no causal LM, has fewer positions than a block or fewer blocks than are to
+            train, or its weights are unusable.
     """
     if recipe.model.name_or_path is not None:
-        check_pretrained(recipe.model, recipe.data.block_size)
+        check_blocks(recipe.freezing, check_pretrained(recipe.model, recipe.data.block_size))
 
 
 def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -47,9 +64,31 @@ def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def extend_vocabulary(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedTokenizerBase, Extension | None]:
+    """Return a copy of the tokenizer with what the recipe's `vocabulary` adds, and what that was."""
+    if recipe.vocabulary is None:
+        return tokenizer, None
+    extended = copy.deepcopy(tokenizer)
+    extension = extend_tokenizer(extended, recipe.vocabulary, model_type(recipe.model))
+    apply_roles(extended, recipe.vocabulary)
+    return extended, extension
+
+
 def prepare_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Corpus:
     """Tokenise the recipe's sources and lay out training rows and evaluation sets."""
     return build_corpus(recipe.data, recipe.evaluation.sets, token_coding(tokenizer), seed)
+
+
+def recode_examples(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Selections]:
+    """Return the corpus with the same evaluation documents as another tokenizer encodes them, and the training ones."""
+    coding = token_coding(tokenizer)
+    sets = {
+        name: EvaluationDocuments(name, tuple(recode(documents.stores, recipe.data, coding)))
+        for name, documents in corpus.sets.items()
+    }
+    return replace(corpus, sets=sets), recode(corpus.training, recipe.data, coding)
 
 
 def token_coding(tokenizer: PreTrainedTokenizerBase) -> TokenCoding:
@@ -77,6 +116,17 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     if recipe.data.packing:
         check_isolation(model, len(tokenizer))
     return model
+
+
+def extend_model(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, extension: Extension, seed: int
+) -> None:
+    """Give the tokens that were added to the tokenizer their rows, in place, and the configuration their ids."""
+    vocabulary = recipe.vocabulary
+    size = max(tokenizer.get_vocab().values()) + 1
+    resize_and_initialise(model, extension, size, vocabulary.initialize, vocabulary.pad_to_multiple_of, seed)
+    align_configuration(model, tokenizer, vocabulary)
+    check_alignment(model, tokenizer, recipe.data.block_size)
 
 
 def loss_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

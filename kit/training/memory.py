@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
 from kit.console import is_main_process
 from kit.errors import UserError, is_out_of_memory
+from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
 from kit.recipe.models import Recipe
 from kit.training.preemption import Preempted
 from kit.training.run_directory import RunDirectory
@@ -62,7 +63,8 @@ def estimate_memory(
     except Exception:  # an estimate is not worth a run, and each architecture fails in its own way without data
         activations = None
     return {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        # Rows that train alone are part of a matrix.
+        "weights": sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not is_new_rows(name)),
         "gradients": trainable,
         f"optimizer ({optimizer})": trainable * per_parameter / 4,
         "activations": activations,
@@ -86,6 +88,8 @@ def _saved_for_backward(
     autocast = torch.autocast(args.device.type, precision) if args.bf16 or args.fp16 else nullcontext()
     with FakeTensorMode(), args.device:
         twin = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        if (ids := new_row_ids(model)) is not None:
+            train_new_rows(twin, ids)
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         twin.train()

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from kit.data.sampling import EpochBatches
 from kit.errors import UserError
 from kit.files import is_sealed, read_json, read_seal, write_json
+from kit.model.new_rows import is_new_rows
 from kit.training.checkpoints import complete_checkpoint
 from kit.training.preemption import Preempted, Preemption
 from kit.training.topology import any_process, barrier, sum_over_processes
@@ -89,6 +91,15 @@ class KitTrainer(Trainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
         )
+
+    # ---- Optimizer ----
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Return what weight decay applies to: not the rows of new tokens, where these train alone.
+
+        Trainer takes them for weights like others, and decay would shrink rows that seldom occur to zero.
+        """
+        return [name for name in super().get_decay_parameter_names(model) if not is_new_rows(name)]
 
     # ---- Loss ----
 
@@ -224,6 +235,19 @@ class KitTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the weights under the names that the model has for them in memory, by which they are loaded.
+
+        Trainer writes those of the model's first publication, such as `embed_out` for GPT-NeoX's head, and does not
+        find them again.
+        """
+        save = self.model.save_pretrained
+        self.model.save_pretrained = partial(save, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
 
     def _save_progress(self, folder: Path, due: dict[str, bool]) -> None:
         """Save what Trainer keeps in memory only: the loss since the last log line, and what is still to be done."""

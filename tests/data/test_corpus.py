@@ -1,15 +1,18 @@
 """From a recipe's data section to rows, evaluation sets and ledger, with the tiny tokenizer."""
 
+import dataclasses
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from kit.data.blocks import IGNORE_INDEX
-from kit.data.corpus import build_corpus, training_documents, training_documents_key
+from kit.data.corpus import build_corpus, recode, training_documents, training_documents_key
 from kit.errors import UserError
 from kit.recipe.data import DataSection
 from kit.recipe.models import EvaluationSet
+from tests.data.encoders import encode_characters
 from tests.material import documents
 
 SEPARATOR = "\n\n\n"
@@ -319,3 +322,34 @@ def test_repeated_documents_of_an_evaluation_set_are_told(build, write, capsys):
     texts = documents(30, seed=5)
     build([write("a.txt", texts)], {"general": write("b.txt", ["one more", "one more", "another"])})
     assert "evaluation set `general`: 3 documents, of which 2 are different" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_tokens": 1500}])
+def test_another_tokenizer_gets_the_same_documents(build, write, tmp_path, coding, tokenizer, limit):
+    """Whatever it makes of the tokens that `max_tokens` counts."""
+    texts = documents(120, seed=3)
+    source = {**write("a.txt", texts), **limit}
+    sets = {"domain": {"split": "validation"}, "own": {**write("b.txt", documents(20, seed=8)), "max_documents": 7}}
+    values = {"train": [source], "validation": {"fraction": 0.2}, "store_dir": str(tmp_path / "store")}
+    section = DataSection.model_validate(values)
+    corpus = build([source], sets, validation={"fraction": 0.2})
+    characters = dataclasses.replace(coding, key="characters", encode=encode_characters, vocab_size=1 << 17)
+
+    for chosen in (corpus.training, *(each.stores for each in corpus.sets.values())):
+        recoded = recode(chosen, section, characters)
+        for (store, selected), (other, same) in zip(chosen, recoded, strict=True):
+            assert np.array_equal(selected, same)
+            decoded = [tokenizer.decode(store.document(i).tolist()) for i in selected]
+            assert ["".join(map(chr, other.document(i))) for i in same] == decoded
+            assert np.array_equal(other.num_bytes, store.num_bytes)
+    assert corpus.ledger[0].stopped == bool(limit)
+
+
+def test_a_source_that_changed_is_not_taken_for_the_same(build, write, tmp_path, coding):
+    source = write("a.txt", documents(30, seed=3))
+    section = DataSection.model_validate({"train": [source], "store_dir": str(tmp_path / "store")})
+    corpus = build([source])
+    write("a.txt", documents(30, seed=4))
+    other = dataclasses.replace(coding, key="characters", encode=encode_characters, vocab_size=1 << 17)
+    with pytest.raises(UserError, match="changed"):
+        recode(corpus.training, section, other)

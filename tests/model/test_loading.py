@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from kit.errors import UserError
-from kit.model.loading import check_alignment, check_vocabulary, load_causal_lm, model_key
+from kit.model.loading import check_vocabulary, load_causal_lm, model_key
 from kit.recipe.models import ModelSection
-from tests.material import make_model, make_tokenizer
+from tests.material import make_tokenizer
 
 FRESH = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
 
@@ -219,13 +219,7 @@ def test_loading_leaves_the_recipe_alone(tokenizer):
     assert model_key(section, 0) == before
 
 
-# ---- model, tokenizer and blocks together
-
-
-def test_tokenizer_of_another_model(tokenizer):
-    check_alignment(make_model(vocab_size=320), tokenizer, block_size=64)
-    with pytest.raises(UserError, match=r"ids up to 319, but the fresh model has 319 embeddings.* another model"):
-        check_alignment(make_model(vocab_size=319), tokenizer, block_size=64)
+# ---- model and tokenizer together; the rest is in test_alignment.py
 
 
 def test_tokenizer_of_another_model_is_found_before_anything_is_tokenised(folder, tmp_path):
@@ -241,23 +235,6 @@ def test_tokenizer_of_another_model_is_found_before_anything_is_tokenised(folder
         assert (section.name_or_path or "fresh model") in str(error.value)
     check_vocabulary(ModelSection(from_config=FRESH, tokenizer="any"), other)
     check_vocabulary(ModelSection(name_or_path=str(folder)), make_tokenizer())
-
-
-def test_fresh_model_has_an_embedding_for_the_largest_id():
-    """Some vocabularies skip ids: their number of tokens is not enough embeddings."""
-    tokenizer = make_tokenizer()
-    vocabulary = {token: 2 * number for token, number in tokenizer.get_vocab().items()}
-    tokenizer.get_vocab = lambda: vocabulary
-    model = load_causal_lm(ModelSection(from_config=FRESH, tokenizer="any"), tokenizer, 0)
-    check_alignment(model, tokenizer, block_size=8)
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_block_size_beyond_the_positions(tokenizer, architecture):
-    model = make_model(architecture)
-    check_alignment(model, tokenizer, block_size=64)
-    with pytest.raises(UserError, match=r"data\.block_size: found 65; expected at most 64"):
-        check_alignment(model, tokenizer, block_size=65)
 
 
 # ---- the key of the weights

@@ -91,6 +91,27 @@ def test_key_names_give_secrets_away_inside_an_override(message, text):
     assert "plain-looking" not in found
 
 
+@pytest.mark.parametrize("entry", ["{token: kinase}", "{token: kinase, description: an enzyme}"])
+def test_a_word_of_the_vocabulary_under_a_wrong_name_is_no_secret(message, entry):
+    found = message(f"vocabulary: {{special_tokens: [a, {entry}]}}\n")
+    assert "vocabulary.special_tokens.1.token: unknown key" in found
+    assert "secret" not in found
+    for override in (f"vocabulary.tokens=[{entry}]", f"vocabulary={{tokens: [{entry}]}}", "vocabulary.token=kinase"):
+        found = message(overrides=[override])
+        assert "unknown key" in found
+        assert "secret" not in found
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_among_the_words_of_a_vocabulary_is_found(message, secret):
+    for text in (f"{{tokens: [{{token: '{secret}'}}]}}", f"{{tokens: ['{secret}']}}", "{tokens: [{hf_token: plain}]}"):
+        assert "holds a secret" in (found := message(f"vocabulary: {text}\n"))
+        assert secret not in found
+    assert "holds a secret" in message(overrides=[f"vocabulary.tokens=[{{token: '{secret}'}}]"])
+    assert "holds a secret" in message(overrides=["vocabulary.password=plain"])
+    assert "holds a secret" in message("run: {vocabulary: {token: plain}}\n")
+
+
 def test_a_wandb_key_in_a_list_is_found_in_an_override(message):
     assert "tracking.wandb.tags=…: holds a secret" in message(overrides=[f"tracking.wandb.tags=[{SECRETS[1]}]"])
 

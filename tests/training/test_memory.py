@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from kit import run
 from kit.check import check
 from kit.errors import UserError
+from kit.model.new_rows import train_new_rows
 from kit.recipe.loading import load_recipe
 from kit.tasks import causal_lm
 from kit.training.memory import estimate_memory
@@ -89,6 +90,21 @@ def test_weights_gradients_and_optimizer(tmp_path):
     twice = arguments(tmp_path, per_device_train_batch_size=2 * BATCH)
     larger = estimate_memory(model, twice, causal_lm, BLOCK_SIZE, keys)
     assert larger["activations"] / parts["activations"] == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_rows_that_train_alone(tmp_path, tie_word_embeddings, bf16):
+    """They are parts of matrices, which count once; the head's rows need its input for the backward pass."""
+    model = make_model("llama", tie_word_embeddings=tie_word_embeddings)
+    total = model.num_parameters()
+    model.requires_grad_(False)
+    train_new_rows(model, range(300, 310))
+    args, batch = arguments(tmp_path, bf16=bf16), packed_batch()
+    parts = estimate_memory(model, args, causal_lm, BLOCK_SIZE, batch.keys())
+    assert parts["weights"] == 4 * total
+    assert parts["gradients"] == 4 * 10 * 32 * (1 if tie_word_embeddings else 2)
+    assert parts["activations"] == pytest.approx(really_kept(model, args, batch), rel=0.05)
 
 
 def test_estimate_touches_neither_random_numbers_nor_model(tmp_path):

@@ -262,3 +262,35 @@ def test_resumed_heads_are_tied_as_they_were(write_recipe, tmp_path, tiny_models
     train(recipe, [f"run.resume={run / 'checkpoints/checkpoint-3'}"])
     assert_equal_weights(weights(run), expected)
     assert ("lm_head.weight" in expected) is not tied
+
+
+# ---- rows of new tokens that train alone
+
+
+def test_new_rows_are_not_decayed(tmp_path):
+    """They are values of embeddings: decay would shrink those that seldom occur to zero."""
+    from transformers import TrainingArguments
+
+    from kit.model.new_rows import train_new_rows
+    from kit.tasks import causal_lm
+    from kit.training.preemption import Preemption
+    from kit.training.trainer import KitTrainer
+    from tests.model.models import MODELS
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, weight_decay=0.5, learning_rate=0.1, report_to=[])
+    for name in ("gpt2", "llama", "bert"):
+        model = MODELS[name]()
+        train_new_rows(model, range(310, 317))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        kinds = {"preemption": Preemption(), "fingerprints": {}, "task": causal_lm, "measure": dict}
+        optimizer = KitTrainer(model=model, args=args, **kinds).create_optimizer()
+        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        rows = {id(p) for p in (embedding.new_rows, head.new_rows, getattr(head, "new_bias", None)) if p is not None}
+        assert {decay[row] for row in rows} == {0.0}
+        assert not {id(embedding.weight), id(head.weight)} & decay.keys()
+        assert any(value == 0.5 for value in decay.values())
+        before = embedding.weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert torch.equal(embedding.weight, before)
