@@ -113,7 +113,7 @@ def mine(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="The most words to write.")] = 200,
     min_occurrences: Annotated[int, typer.Option(min=1, help="Leave out words that occur less often.")] = 5,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where mining wrote it.")] = False,
 ) -> None:
     """Find the words of the training text that would save the most tokens, and write them to a file to review."""
     from kit.vocabulary import mine as mine_recipe

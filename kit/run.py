@@ -1,8 +1,7 @@
 """The product in reading order: what each command does, from recipe to scorecard."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +24,7 @@ from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
 from kit.files import build_once, hash_values, make_folder, read_json, read_seal, write_json
+from kit.model.declared_tokens import with_tokens_read
 from kit.model.freezing import apply_freezing, count_parameters
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
@@ -34,7 +34,7 @@ from kit.model.vocabulary_audit import print_audit
 from kit.recipe.loading import dump_recipe, load_recipe, recipe_fingerprint
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
-from kit.tracking import WandbTracker
+from kit.tracking import WandbTracker, tracked
 from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
 from kit.training.arguments import make_training_arguments
 from kit.training.attempt import attempt, holding
@@ -91,7 +91,7 @@ def train(recipe_path: str, overrides: list[str]) -> None:
             run = extend_model(run, before["figures"])
             total, trainable = count_parameters(run.model)
             directory.note(data=run.corpus.key, model=run.model_key, parameters=total, trainable=trainable)
-            with _tracker(run) as tracker:
+            with tracked(recipe, directory.path) as tracker:
                 figures = run_training(run, tracker, preemption)
                 after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
                 scorecard = finish(run, before, after, tracker)
@@ -128,7 +128,8 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
             raise UserError(f"{target}: no finished run (it has no model/); expected a run directory or a recipe file")
         model = str(directory.model)
     recipe = load_recipe(recipe_path, [*overrides, *(_instead_of_its_model(model) if model else [])])
-    # What is measured is the model that there is, with its own tokens.
+    if recipe.vocabulary and not model:
+        say("measured is the base model, with its own tokens: the recipe's `vocabulary` is added when it trains")
     recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None})
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
@@ -329,7 +330,7 @@ def run_training(
 
 def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: WandbTracker | None) -> dict[str, Any]:
     """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
-    scorecard = make_scorecard(run.recipe.task, before["figures"], after["figures"])
+    scorecard = make_scorecard(run.recipe.task, before["figures"], after["figures"], run.untrained)
     if is_main_process():
         save_model(run.model, run.tokenizer, run.directory.model)
         run.directory.note(reloaded_logits_differ_by=saved_model_difference(run.model, run.directory.model))
@@ -351,32 +352,21 @@ def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: Wan
 
 def status(recipe_path: str, overrides: list[str]) -> tuple[str, str]:
     """Return the run directory of a recipe and how its run stands."""
-    folder = resolve_recipe(recipe_path, overrides).run.output_dir
+    folder = resolve_recipe(recipe_path, overrides, reads_words=False).run.output_dir
     return folder, read_status(folder)
 
 
-def resolve_recipe(recipe_path: str, overrides: list[str]) -> Recipe:
-    """Load a recipe and settle the folder of its run, which by default is named after the file."""
+def resolve_recipe(recipe_path: str, overrides: list[str], reads_words: bool = True) -> Recipe:
+    """Load a recipe and settle the folder of its run, by default named after the file, and the words that it adds.
+
+    A run's own `recipe.yaml` so holds the words themselves, whatever becomes of the file that they were read from.
+    """
     recipe = load_recipe(recipe_path, overrides)
     folder = recipe.run.output_dir or f"runs/{Path(recipe_path).stem}"
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"output_dir": folder})})
-
-
-@contextmanager
-def _tracker(run: Run) -> Iterator[WandbTracker | None]:
-    """Begin the W&B run, if the recipe has one, and close it however the training ends."""
-    section = run.recipe.tracking.wandb
-    if section is None:
-        yield None
-        return
-    tracker = WandbTracker(section, run.directory.path, run.directory.path.name)
-    tracker.start(run.recipe.model_dump(mode="json"))
-    exit_code = 1
-    try:
-        yield tracker
-        exit_code = 0
-    finally:
-        tracker.finish(exit_code)
+    settled = {"run": recipe.run.model_copy(update={"output_dir": folder})}
+    if reads_words:
+        settled["vocabulary"] = with_tokens_read(recipe.vocabulary)
+    return recipe.model_copy(update=settled)
 
 
 def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:

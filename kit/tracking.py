@@ -3,7 +3,8 @@
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,26 @@ from transformers import TrainerCallback, TrainerState
 
 from kit.console import is_main_process, say, warn
 from kit.files import read_json, write_json
-from kit.recipe.models import WandbSection
+from kit.recipe.models import Recipe, WandbSection
 
 DEFAULT_PROJECT = "domain-adaptation-kit"
+
+
+@contextmanager
+def tracked(recipe: Recipe, folder: Path) -> Iterator["WandbTracker | None"]:
+    """Begin the W&B run of a run directory, if the recipe has one, and close it however the training ends."""
+    section = recipe.tracking.wandb
+    if section is None:
+        yield None
+        return
+    tracker = WandbTracker(section, folder, folder.name)
+    tracker.start(recipe.model_dump(mode="json"))
+    exit_code = 1
+    try:
+        yield tracker
+        exit_code = 0
+    finally:
+        tracker.finish(exit_code)
 
 
 class WandbTracker:

@@ -39,8 +39,8 @@ def mine(
 ) -> None:
     """Rank the words of the training split by the tokens that they would save, and write the best ones to a file.
 
-    What the recipe's own `vocabulary` declares is in the tokenizer first; a file that `vocabulary.tokens` names is what
-    is to be written, and need not exist.
+    What the recipe's own `vocabulary` declares is in the tokenizer first, so that mined words come on top of it. Only
+    a file that `vocabulary.tokens` names is not read where it is what is to be written, or does not exist.
 
     Args:
         recipe_path: the recipe.
@@ -48,7 +48,7 @@ def mine(
         output: the file; by default the one that the recipe names, else `<recipe's stem>_words.txt`.
         count: the most words to write.
         min_occurrences: words that occur less often are left out.
-        overwrite: replace the file where there is one.
+        overwrite: replace the file where there is one that this command wrote.
 
     Raises:
         UserError: the recipe or the file cannot be used, or no word would save a token.
@@ -56,26 +56,27 @@ def mine(
     quiet_libraries()
     if (processes := announced_processes()[0]) > 1:
         raise UserError(f"kit vocabulary mine: found {processes} processes; expected one: start it without a launcher")
-    recipe = resolve_recipe(recipe_path, overrides)
+    recipe = resolve_recipe(recipe_path, overrides, reads_words=False)
     named = _named_file(recipe)
     path = Path(output or named or f"{Path(recipe_path).stem}_words.txt").expanduser()
     check_target(path, overwrite)  # before the minutes that mining may take
 
-    tokenizer = _tokenizer(recipe)
-    trained = isinstance(recipe.model.tokenizer, TrainedTokenizer)
-    name = "trained on this text" if trained else recipe.model.tokenizer or recipe.model.name_or_path
-    name = f"{name}, {len(tokenizer):,} tokens{' with what the recipe declares' if recipe.vocabulary else ''}"
+    left_out = named if named and (_same(named, path) or not Path(named).expanduser().exists()) else None
+    declared = _without_file(recipe) if left_out else recipe
+    tokenizer = _tokenizer(declared)
+    name = f"{_tokenizer_name(recipe)}, {len(tokenizer):,} tokens"
+    if (section := declared.vocabulary) and (section.special_tokens or section.tokens):
+        name += f" with what the recipe declares{f' but the words of {left_out}' if left_out else ''}"
     say(f"{recipe_path}: mining the training text for words that its tokenizer ({name}) cuts into pieces")
     words, before, after = _mine(recipe, tokenizer, count, min_occurrences)
     header = [
-        f"Words of the training text of {recipe_path} that save the most tokens, each as one token",
         *([f"changed by {shlex.join(overrides)}"] if overrides else []),
         f"tokenizer: {name}; words that occur at least {min_occurrences:,} times",
     ]
-    write_mined(path, words, before, after, header, overwrite)
+    write_mined(path, words, before, after, recipe_path, header, overwrite)
     print_mined(words, before, after)
     say(f"\nwritten: {path}")
-    _tell_next(recipe, path, named, shlex.join(["kit", "train", recipe_path, *overrides]))
+    _tell_next(declared, path, named, shlex.join(["kit", "train", recipe_path, *overrides]))
 
 
 def _mine(
@@ -109,25 +110,38 @@ def _named_file(recipe: Recipe) -> str | None:
     return tokens.from_file if isinstance(tokens, TokensFile) else None
 
 
+def _same(named: str, path: Path) -> bool:
+    return Path(named).expanduser().resolve() == path.resolve()
+
+
+def _without_file(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"vocabulary": recipe.vocabulary.model_copy(update={"tokens": ()})})
+
+
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the recipe's tokenizer with all that `vocabulary` declares, but for a file of words.
+    """Return the recipe's tokenizer with all that `vocabulary` declares, be it new or not: nothing trains here.
 
     Raises:
         UserError: it cannot be loaded, or does not take what is declared.
     """
     task = TASKS[recipe.task]
     tokenizer = task.prepare_tokenizer(recipe)
-    if recipe.vocabulary is None:
-        return tokenizer
-    section = recipe.vocabulary.model_copy(update={"tokens": ()} if _named_file(recipe) else {})
-    return task.extend_vocabulary(recipe.model_copy(update={"vocabulary": section}), tokenizer)[0]
+    return task.extend_vocabulary(recipe.model_copy(update={"freezing": None}), tokenizer)[0]
 
 
-def _tell_next(recipe: Recipe, path: Path, named: str | None, command: str) -> None:
-    if named and Path(named).expanduser().absolute() == path.absolute():
+def _tokenizer_name(recipe: Recipe) -> str:
+    if isinstance(recipe.model.tokenizer, TrainedTokenizer):
+        return "trained on this text"
+    return recipe.model.tokenizer or recipe.model.name_or_path
+
+
+def _tell_next(declared: Recipe, path: Path, named: str | None, command: str) -> None:
+    if named and _same(named, path):
         say(f"next: review it, then: {command}")
         return
     say(f"next: review it, then let the recipe use it:  {recipe_line(path)}")
-    if recipe.vocabulary and recipe.vocabulary.tokens and not named:
-        listed = len(recipe.vocabulary.tokens)
-        say(f"(`tokens` is a list or a file: what the recipe lists now, {listed:,}, goes into the file too)")
+    tokens = declared.vocabulary.tokens if declared.vocabulary else ()
+    if isinstance(tokens, TokensFile):
+        say(f"(`tokens` takes one file: the words of {named}, on top of which these come, go into it too)")
+    elif tokens:
+        say(f"(`tokens` is a list or a file: what the recipe lists now, {len(tokens):,}, goes into the file too)")

@@ -87,6 +87,29 @@ def test_end_of_text_inside_of_the_text_is_warned_of(write_recipe, tmp_path, cap
     assert "the text holds <eos> 2 times" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_another_form_than_that_of_the_chat_is_warned_of_once(write_recipe, tmp_path, processes):
+    corpus = tmp_path / "chats.jsonl"
+    corpus.write_text("\n".join(json.dumps({"q": text, "a": text[::-1]}) for text in documents(80, seed=4)))
+    source = {"path": str(corpus), "template": "<|user|> {q} <|assistant|> {a}"}
+    recipe = write_recipe(
+        data={"train": [source]},
+        training={"per_device_train_batch_size": 2},
+        vocabulary={
+            "special_tokens": ["<|user|>", "<|assistant|>"],
+            "roles": {"user": "<|user|>", "assistant": "<|assistant|>"},
+        },
+    )
+    chat = "<|user|>{q}<|assistant|>{a}"
+    for template, warnings in ((source["template"], 1), (chat, 0)):
+        output = tmp_path / f"{warnings}.txt"
+        args = ["check", recipe, f'data.train.0.template="{template}"']
+        assert run_kit(args, processes=processes, output=output) == [0] * processes
+        out = output.read_text()
+        said = f"the template writes '{source['template']}', the chat template '{chat}'"
+        assert (out.count(said), out.count("the template writes")) == (warnings, warnings)
+
+
 def test_set_with_an_empty_part_is_shown(write_recipe, tmp_path, capsys):
     """Of two validation files `max_documents` may leave none of one."""
     for name in "ab":

@@ -262,7 +262,7 @@ def test_changed_data_is_not_resumed(write_recipe, tmp_path):
     run.train(recipe, [])
     (tmp_path / "run/scorecard.json").unlink()
     source.write_text("\n".join(documents(41, seed=4)))
-    with pytest.raises(UserError, match="another data"):
+    with pytest.raises(UserError, match="other data"):
         run.train(recipe, [])
 
 

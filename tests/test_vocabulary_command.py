@@ -14,8 +14,9 @@ from kit import vocabulary
 from kit.data.sources import hash_text
 from kit.data.splits import held_out
 from kit.errors import UserError
+from kit.model.declared_tokens import read_tokens
 from kit.model.tokenizer import encoder
-from kit.model.vocabulary import extend_tokenizer, read_tokens, with_words
+from kit.model.vocabulary import extend_tokenizer, with_words
 from kit.recipe.vocabulary import VocabularySection
 from tests.material import make_tokenizer
 
@@ -146,9 +147,43 @@ def test_the_file_that_the_recipe_names_is_what_is_written(write_recipe, mine, t
         mine(recipe, output=None)
     first = path.read_bytes()
     path.write_text("tensor  # all that was left\n")
-    other = mine(recipe)  # what the file holds now does not count
-    assert words_of(other)[0] == re.search(rb"^\w+", first, re.MULTILINE)[0].decode()
-    assert f"vocabulary: {{tokens: {{from_file: {other}}}}}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"named\.txt: exists already, and mining did not write it"):
+        mine(recipe, output=None, overwrite=True)
+    path.write_bytes(first)
+    capsys.readouterr()
+    mine(recipe, "data.block_size=16", output=None, overwrite=True)  # what the file holds does not count
+    assert path.read_bytes() == first
+    assert f"321 tokens with what the recipe declares but the words of {path})" in capsys.readouterr().out
+
+
+def test_mined_words_come_on_top_of_a_file_that_the_recipe_names(write_recipe, mine, tmp_path, capsys):
+    plain = mine(write_recipe(), output="plain.txt", count=1_000)
+    named = mine(write_recipe(), output="named.txt", count=5)
+    recipe = write_recipe(vocabulary={"tokens": {"from_file": str(named)}})
+    capsys.readouterr()
+    other = mine(recipe, count=5)
+    assert words_of(plain)[:10] == words_of(named) + words_of(other)
+    shown = capsys.readouterr().out
+    number = len(with_words(make_tokenizer(), words_of(named)))
+    assert f"{number} tokens with what the recipe declares)" in shown
+    assert f"{number} tokens with what the recipe declares;" in other.read_text(encoding="utf-8")
+    assert f"vocabulary: {{tokens: {{from_file: {other}}}}}" in shown
+    assert f"the words of {named}, on top of which these come, go into it too" in shown
+
+
+def test_a_named_file_that_does_not_exist_declares_nothing(write_recipe, mine, tmp_path, capsys):
+    recipe = write_recipe(vocabulary={"tokens": {"from_file": str(tmp_path / "missing.txt")}})
+    assert words_of(mine(recipe, count=5)) == words_of(mine(write_recipe(), output="plain.txt", count=5))
+    shown = capsys.readouterr().out
+    assert "320 tokens)" in shown
+    assert "what the recipe declares" not in shown
+    assert "go into it too" not in shown
+
+
+def test_rows_that_are_to_train_alone_need_not_be_there_yet(write_recipe, mine, tmp_path):
+    section = {"tokens": {"from_file": str(tmp_path / "words.txt")}}
+    recipe = write_recipe(vocabulary=section, freezing={"trainable": {"new_tokens": True}})
+    assert words_of(mine(recipe, output=None) / "words.txt")
 
 
 def test_the_default_is_named_after_the_recipe(write_recipe, mine, tmp_path, monkeypatch, capsys):
@@ -177,6 +212,7 @@ def test_a_tokenizer_that_is_trained(write_recipe, mine, tmp_path, capsys):
     ("output", "overwrite", "message"),
     [
         ("recipe.yaml", False, r"recipe\.yaml: exists already, .*`--output`.*`--overwrite`"),
+        ("recipe.yaml", True, r"recipe\.yaml: exists already, and mining did not write it; .*`--output`"),
         (".", True, "is a folder"),
         ("missing/words.txt", False, "its folder does not exist"),
         ("recipe.yaml/words.txt", False, "its folder does not exist"),

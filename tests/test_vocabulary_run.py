@@ -1,6 +1,7 @@
 """Runs with a vocabulary of their own: from the recipe to a model that loads alone and knows its new tokens."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit.check import check
-from kit.run import evaluate, train
+from kit.errors import UserError
+from kit.run import evaluate, prepare, train
 from tests.harness import Fault, run_kit
 from tests.material import documents
 
@@ -249,7 +251,7 @@ def test_roles_are_in_the_saved_model(recipe, tmp_path):
     assert tokenizer.eos_token_id in torch.tensor(model.generation_config.eos_token_id).flatten().tolist()
     assert model.config.pad_token_id == tokenizer.pad_token_id
     chat = [{"role": "user", "content": "the kit"}, {"role": "assistant", "content": "reads"}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|user|>the kit<|assistant|>reads<|end|>"
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|end|><|user|>the kit<|assistant|>reads<|end|>"
 
 
 def test_check_shows_the_new_tokens_and_writes_nothing(recipe, tmp_path, capsys):
@@ -273,3 +275,79 @@ def test_real_models(recipe, tmp_path, base):
         assert torch.equal(new[: len(old)], old)
     tokens = json.loads((tmp_path / "run/vocabulary.json").read_text())["tokens"]
     assert all(row["moved"]["input"] > 0 for token in tokens for row in token["rows"])
+
+
+def test_a_run_holds_its_own_words(recipe, chats, tmp_path):
+    """Whatever becomes of the file that they were read from."""
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join([*WORDS, "checkpoint    # 5 times", "attention", "vocabulary"]))
+    path = recipe(vocabulary={"tokens": {"from_file": str(words)}})
+    train(str(path), [])
+    words.unlink()
+    again = tmp_path / "again"
+    train(str(tmp_path / "run/recipe.yaml"), [f"run.output_dir={again}"])
+    first, second = (AutoTokenizer.from_pretrained(folder / "model") for folder in (tmp_path / "run", again))
+    assert first.get_vocab() == second.get_vocab()
+    words.write_text("\n".join([*WORDS, "checkpoint", "attention", "tensor"]))
+    audit = (tmp_path / "run/vocabulary.json").read_bytes()
+    for command in (train, prepare):
+        with pytest.raises(UserError, match=r'vocabulary.tokens: 6 entries -> 6: without "vocabulary"; with "tensor"'):
+            command(str(path), [])
+    assert (tmp_path / "run/vocabulary.json").read_bytes() == audit
+
+
+def test_text_beyond_a_share_is_not_counted(recipe, chats, tmp_path):
+    """The audit is of what an epoch holds: a word that stands only in what is left over never occurs."""
+    rare = tmp_path / "rare.jsonl"
+    texts = [*documents(200, seed=11), "zyxwvu here", "and zyxwvu there"]
+    rare.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = {"train": [chats], "replay": {"sources": [{"path": str(rare)}], "share": 0.02}}
+    train(str(recipe(vocabulary={"tokens": ["zyxwvu", *WORDS]}, data=data)), [])
+    audit = json.loads((tmp_path / "run/vocabulary.json").read_text())
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    assert ledger[1]["dropped"]
+    assert audit["never_in_training"] == ["zyxwvu"]
+    assert audit["texts"]["training"]["documents"] < sum(row["documents"] for row in ledger)
+
+
+@pytest.mark.parametrize("extra", [50, 100_000])
+def test_max_tokens_that_only_the_extended_tokenizer_stays_below(recipe, chats, tmp_path, extra):
+    prepare(str(recipe("all")), [])
+    texts = json.loads((tmp_path / "run/vocabulary.json").read_text())["texts"]
+    tokens = sum(figures["tokens_after"] for figures in texts.values()) + extra
+    output = {"output_dir": str(tmp_path / "limited")}
+    train(str(recipe("limited", data={"train": [{**chats, "max_tokens": tokens}]}, run=output)), [])
+    limited = json.loads((tmp_path / "limited/vocabulary.json").read_text())["texts"]
+    assert limited == texts
+
+
+def test_untrained_figures_are_those_of_each_beginning(recipe, tmp_path):
+    """They are kept in the store, and must not be taken from there for another beginning or seed."""
+    found = []
+    for number, changes in enumerate([{}, {"initialize": "zeros"}, {"initialize": "random"}, {"initialize": "random"}]):
+        output = {"output_dir": str(tmp_path / str(number))}
+        training = {"seed": number // 3}
+        prepare(str(recipe(str(number), vocabulary={**VOCABULARY, **changes}, run=output, training=training)), [])
+        untrained = json.loads((tmp_path / str(number) / "vocabulary.json").read_text())["untrained"]
+        found.append(untrained["domain"]["bits_per_byte"])
+    assert len(set(found)) == 4
+
+
+def test_processes_with_different_rows_are_refused(recipe, tmp_path):
+    output = tmp_path / "out.txt"
+    assert run_kit(["train", recipe()], processes=2, change=_other_rows_on_rank_1, output=output) == [2, 2]
+    assert "the same new embeddings" in output.read_text()
+
+
+def _other_rows_on_rank_1():
+    from kit.tasks import causal_lm
+
+    extend = causal_lm.extend_model
+
+    def extend_otherwise(model, *args):
+        extend(model, *args)
+        if os.environ["RANK"] == "1":
+            with torch.no_grad():
+                model.get_input_embeddings().weight[320] += 1
+
+    causal_lm.extend_model = extend_otherwise

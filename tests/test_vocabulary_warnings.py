@@ -75,7 +75,7 @@ def test_rows_that_the_model_has_to_spare_are_used_first(shown, tmp_path):
     model = make_model(vocab_size=330)
     model.save_pretrained(tmp_path / "padded")
     make_tokenizer().save_pretrained(tmp_path / "padded")
-    section = {"tokens": ["kinase", "ligand"], "pad_to_multiple_of": None}
+    section = {"tokens": ["kinase", "ligand"], "pad_to_multiple_of": 1}
     text = shown(model={"name_or_path": str(tmp_path / "padded")}, vocabulary=section)
     assert "embeddings: 330 rows become 330, 6 of them without a token" in text
     assert "320, 321" in text

@@ -6,7 +6,7 @@ token, each token the next, the last one EOS. A source is the concatenation of i
 its last token as context: no target is lost and none is scored twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,6 +50,21 @@ class TrainPart:
     def count_tokens(self, blocks: np.ndarray) -> int:
         """Count the label positions in `blocks`."""
         return int(np.minimum(self.block_size, self.num_tokens - blocks * self.block_size).sum())
+
+    def chosen_pieces(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the (document, first pair, end pair) that the blocks of an epoch consist of, each block once."""
+        blocks = np.unique(self.blocks)
+        if len(blocks) * self.block_size >= self.num_tokens:  # all of them
+            lengths = np.diff(self.starts)
+            yield from zip(self.documents.tolist(), [0] * len(lengths), lengths.tolist(), strict=True)
+            return
+        for block in blocks.tolist():
+            yield from self.pieces(block * self.block_size, min((block + 1) * self.block_size, self.num_tokens))
+
+    @property
+    def chosen_documents(self) -> np.ndarray:
+        """The documents of which an epoch holds something: int64 (n,)."""
+        return np.unique(np.fromiter((document for document, _, _ in self.chosen_pieces()), dtype=np.int64))
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return the (document, first pair, end pair) that positions `start` to `end` of the chain consist of."""

@@ -114,8 +114,14 @@ class Corpus:
 
     @property
     def training(self) -> Selections:
-        """The documents that train, by store."""
-        return [(part.store, part.documents) for part in self.rows.parts]
+        """The documents of which an epoch holds something, by store."""
+        return [(part.store, part.chosen_documents) for part in self.rows.parts]
+
+    def training_tokens(self) -> Iterator[np.ndarray]:
+        """Yield what an epoch holds, once each, without the EOS behind documents: runs of token ids."""
+        for part in self.rows.parts:
+            for document, first, end in part.chosen_pieces():
+                yield part.store.document(document)[first:end]
 
 
 def build_corpus(data: DataSection, sets: Mapping[str, EvaluationSet], coding: TokenCoding, seed: int) -> Corpus:
@@ -179,7 +185,7 @@ def recode(chosen: Selections, data: DataSection, coding: TokenCoding) -> Select
     result = []
     for store, documents in chosen:
         # Another tokenizer would read more of a source up to `max_tokens`, or less.
-        limited = store.stopped and store.source.max_tokens is not None
+        limited = store.source.max_tokens is not None
         other = _open(data, store.source, coding, first=store.num_documents if limited else None)
         if not np.array_equal(other.hashes, store.hashes):
             raise UserError(f"data source `{store.name}`: changed while it was read; start again once it is at rest")

@@ -8,10 +8,9 @@ between words such a run is a phrase, and few of them recur.
 What a word saves depends on where it stands, and on how it gets into the tokenizer. A token that `add_tokens` adds is
 cut out of the text before all else, so that a space before it, which a byte-level BPE has in the word's first piece,
 becomes a token of its own: of the three tokens of ` asyncio` one is saved, not two. Occurrences are therefore counted
-by what stands next to the word on both sides, and tokens are counted there, best with a tokenizer that has the words
-(`extend`). Assumed is that nothing further away changes how a word is cut, which holds wherever the pre-tokenizer
-separates words, and that longer words stay as they are: `asyncio` saves more where `asyncio_mode` too is made of it.
-`measure` encodes texts anew.
+by what stands next to the word on both sides, and tokens are counted there with a tokenizer that has the words. Assumed
+is that nothing further away changes how a word is cut, which holds wherever the pre-tokenizer separates words, and that
+longer words stay as they are: `asyncio` saves more where `asyncio_mode` too is made of it. `measure` encodes anew.
 """
 
 import json
@@ -35,6 +34,7 @@ _LONGEST_WORD = 64  # characters; what is longer (base64, a sequence of bases) i
 _BATCH = 1 << 20  # characters that are encoded at once
 _PROBES = 10_000  # words that are encoded at once, each with all that stands around it
 _CANDIDATES = 3  # times the words that are wanted, whose saving `extend` tells
+_FIRST_LINE = "# Words of the training text of "  # begins each file of mined words, and tells it from other files
 _FOUND = 100_000  # words between two looks at the memory
 
 _Context = tuple[str, str, str]  # what stands before a word, the word, what stands after it
@@ -47,7 +47,7 @@ class MinedWord:
     Attributes:
         word: the word, without the space before it.
         occurrences: how often it stands in the texts as a word of its own.
-        pieces: tokens that it is made of where it stands most often, usually after a space, which is in the first one.
+        pieces: tokens that it is made of after a space, which is in the first one; elsewhere it may be of more.
         saved: tokens of the texts that it saves as one token, those that it costs deducted.
     """
 
@@ -92,8 +92,7 @@ def mine_words(
     count: int,
     min_occurrences: int = 5,
     *,
-    extend: Callable[[list[str]], Encode] | None = None,
-    takes_space: bool = False,
+    extend: Callable[[list[str]], Encode],
     most_counted: int = 2_000_000,
 ) -> tuple[list[MinedWord], TextTotals]:
     """Find the words that save the most tokens if each is added as one token.
@@ -108,9 +107,7 @@ def mine_words(
         count: the most words to return.
         min_occurrences: words that occur less often are left out: their embeddings would hardly be trained.
         extend: returns `encode` of the tokenizer with some words, which has to pass over those that it cannot add;
-            called once, with three times as many words as are wanted. What they save is then counted with it.
-        takes_space: without `extend`: a space before the word is in the added token too, as it is where the word
-            becomes a part of a byte-level BPE's own vocabulary; `add_tokens` leaves the space outside.
+            called once at most, with three times as many words as are wanted. What they save is counted with it.
         most_counted: the most words, each with what stands around it, that are counted at a time: 200 bytes each.
 
     Returns:
@@ -125,13 +122,12 @@ def mine_words(
         for found in of_words
         if sum(counts[context] for context in found) >= min_occurrences and any(map(str.isalpha, found[0][1]))
     ]
-    if extend is None:
-        return _rank(frequent, counts, _Probes(encode), "with space" if takes_space else "apart", count), totals
     # Arithmetic finds the candidates, generously; those that save nothing in the end are left out.
-    candidates = _rank(frequent, counts, _Probes(encode), "with space", _CANDIDATES * count)
-    words = {word.word for word in candidates}
-    extended = _Probes(encode, extend(sorted(words)) if words else None)
-    return _rank([f for f in frequent if f[0][1] in words], counts, extended, "extended", count), totals
+    candidates = {word.word for word in _rank(frequent, counts, _Probes(encode), _CANDIDATES * count)}
+    if not candidates:
+        return [], totals
+    probes = _Probes(encode, extend(sorted(candidates)))
+    return _rank([found for found in frequent if found[0][1] in candidates], counts, probes, count), totals
 
 
 def measure(texts: Iterable[str], encode: Encode) -> TextTotals:
@@ -146,11 +142,17 @@ def check_target(path: str | Path, overwrite: bool) -> None:
     """Check that mined words can be written to a file, best before they are mined.
 
     Raises:
-        UserError: it exists and `overwrite` is not given, it is no file, or its folder is missing or cannot be written.
+        UserError: it exists and mining did not write it, or `overwrite` is not given; it is no file, or its folder is
+            missing or cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'device'}; expected a file to write words to")
+    if path.exists() and not _was_mined(path):
+        raise UserError(
+            f"{path}: exists already, and mining did not write it; name another file (`--output`): `--overwrite` "
+            f"replaces only a file whose first line begins with `{_FIRST_LINE.strip()}`"
+        )
     if path.exists() and not overwrite:
         raise UserError(
             f"{path}: exists already, perhaps with words that were chosen by hand; name another file (`--output`), or "
@@ -159,6 +161,14 @@ def check_target(path: str | Path, overwrite: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{path}: its folder {'cannot be written' if folder.is_dir() else 'does not exist'} ({folder})")
+
+
+def _was_mined(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return file.read(len(_FIRST_LINE)) == _FIRST_LINE
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file to write words to") from None
 
 
 def recipe_line(path: str | Path) -> str:
@@ -173,6 +183,7 @@ def write_mined(
     words: Sequence[MinedWord],
     before: TextTotals,
     after: TextTotals,
+    recipe: str,
     header: Iterable[str] = (),
     overwrite: bool = False,
 ) -> None:
@@ -183,14 +194,16 @@ def write_mined(
         words: what was mined.
         before: of the texts that it was mined from.
         after: of the same texts, measured with the tokenizer that has the words.
-        header: lines that say where the words are from, such as recipe and tokenizer.
+        recipe: names the recipe whose training text it was.
+        header: further lines that say where the words are from, such as the tokenizer.
         overwrite: replace the file where there is one already, and with it what was edited in it.
 
     Raises:
         UserError: the file cannot be written, see `check_target`.
     """
     check_target(path, overwrite)
-    lines = [line for part in header for line in part.splitlines()]
+    first = f"{_FIRST_LINE.removeprefix('# ')}{recipe} that save the most tokens, each as one token"
+    lines = [line for part in (first, *header) for line in part.splitlines()]
     lines += [
         "",
         *_summary(words, before, after),
@@ -201,7 +214,7 @@ def write_mined(
     width = min(24, max((len(word.word) for word in words), default=0))
     lines = [f"# {line}".rstrip() for line in lines] + [""]
     for word in words:
-        figures = f"{word.occurrences:,} times, {word.pieces:,} tokens, saves {word.saved:,}"
+        figures = f"{word.occurrences:,} times, {word.pieces:,} tokens after a space, saves {word.saved:,}"
         lines.append(f"{word.word:<{width}}    # {figures}")
     write_text(path, "\n".join(lines).rstrip("\n") + "\n")
 
@@ -209,9 +222,11 @@ def write_mined(
 def print_mined(words: Sequence[MinedWord], before: TextTotals, after: TextTotals, most: int = 20) -> None:
     """Print the first `most` words, and what all of them save; `after` is measured with them (see `write_mined`)."""
     rows = [[word.word, f"{word.occurrences:,}", f"{word.pieces:,}", f"{word.saved:,}"] for word in words[:most]]
-    table("Words that save tokens", ["word", "occurrences", "tokens", "saved"], rows)
+    table("Words that save tokens", ["word", "occurrences", "tokens after a space", "saved"], rows)
     if len(words) > most:
         say(f"and {len(words) - most:,} more")
+    if any(word.saved != word.occurrences * (word.pieces - 1) for word in words[:most]):
+        say("elsewhere, as at the start of a line or after a bracket, a word may be more tokens, or fewer")
     say()
     for line in _summary(words, before, after):
         say(line)
@@ -230,9 +245,10 @@ def _summary(words: Sequence[MinedWord], before: TextTotals, after: TextTotals) 
         ("bytes per token", f"{before.bytes_per_token:.3f}", f"{after.bytes_per_token:.3f}"),
     ]
     width = max(len(old) for _, old, _ in figures)
+    added = "this word" if len(words) == 1 else f"these {len(words):,} words"
     size = f"{before.documents:,} documents, {before.num_bytes:,} bytes, {before.words:,} words"
     return [
-        f"{size}; as they are, and with {'this word' if len(words) == 1 else f'these {len(words):,} words'}:",
+        f"{size}; as they are, and with {added}:",
         *(f"    {name:<17}{old:>{width}} → {new}" for name, old, new in figures),
     ]
 
@@ -338,32 +354,23 @@ class _Probes:
         short, whole = {"a", "a a"}, set()
         for before, word, after in map(_probe, contexts):
             whole.add(before + word + after)
-            short |= {before, after, before + "a", before + word, word, f"a {word}"}
+            short |= {before + "a", before + word, f"a {word}"}
         self._tokens = _lengths(self._encode, short | whole)
         if self._extended:
             self._then = _lengths(self._extended, whole)
 
-    def saved(self, context: _Context, how: str) -> int:
-        """Return the tokens that one occurrence of a word saves as one token."""
+    def saved(self, context: _Context) -> int:
+        """Return the tokens that one occurrence of a word saves as one token; about, without an extended tokenizer."""
         before, word, after = _probe(context)
-        whole = before + word + after
-        if how == "extended":
-            return self._tokens[whole] - self._then[whole]
-        if how == "with space":
-            return self.pieces(context) - 1  # nothing is cut, so what stands around it stays as it is
-        return self._tokens[whole] - self._tokens[before] - 1 - self._tokens[after]
-
-    def pieces(self, context: _Context) -> int:
-        """Return the tokens of a word, the space before it included."""
-        before, word, _ = _probe(context)
+        if self._extended:
+            return self._tokens[before + word + after] - self._then[before + word + after]
         # By comparison with a word of one token there; ` a` may be two where a vocabulary is tiny.
         unit = self._tokens["a a"] - self._tokens["a"] if before.endswith(" ") else self._tokens["a"]
-        return self._tokens[before + word] - self._tokens[before + "a"] + unit
+        return self._tokens[before + word] - self._tokens[before + "a"] + unit - 1
 
-    def is_token(self, word: str, how: str) -> bool:
-        """Tell whether a word is a token already: after a space, or as it would be added."""
-        after_space = self._tokens[f"a {word}"] == self._tokens["a"] + 1
-        return after_space or (how == "apart" and self._tokens[word] == 1)
+    def pieces(self, word: str) -> int:
+        """Return the tokens of a word after a space, the space included."""
+        return self._tokens[f"a {word}"] - self._tokens["a"]
 
 
 def _lengths(encode: Encode, texts: Iterable[str]) -> dict[str, int]:
@@ -377,20 +384,17 @@ def _probe(context: _Context) -> _Context:
     return "a " if before == " " else before, word, " a" if after == " " else after
 
 
-def _rank(
-    words: list[list[_Context]], counts: Counter[_Context], probes: _Probes, how: str, count: int
-) -> list[MinedWord]:
-    """Return the `count` best of some words, each given as its contexts."""
+def _rank(words: list[list[_Context]], counts: Counter[_Context], probes: _Probes, count: int) -> list[MinedWord]:
+    """Return the `count` best of some words, each given as its contexts; none that is a token already."""
     best: list[MinedWord] = []
     for first in range(0, len(words), _PROBES):
         batch = words[first : first + _PROBES]
         probes.encode_contexts(context for contexts in batch for context in contexts)
         for contexts in batch:
             word = contexts[0][1]
-            saved = sum(counts[context] * probes.saved(context, how) for context in contexts)
-            if saved > 0 and not probes.is_token(word, how):
-                commonest = max(contexts, key=counts.__getitem__)
+            saved = sum(counts[context] * probes.saved(context) for context in contexts)
+            if saved > 0 and probes.pieces(word) > 1:
                 occurrences = sum(counts[context] for context in contexts)
-                best.append(MinedWord(word, occurrences, probes.pieces(commonest), saved))
+                best.append(MinedWord(word, occurrences, probes.pieces(word), saved))
         best = sorted(best, key=lambda word: (-word.saved, word.word))[:count]
     return best

@@ -66,7 +66,7 @@ def continue_prompts(
                     do_sample=do_sample,
                     **sampling,
                 )
-            results.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in output])
+            results.append([_shown(tokenizer, ids) for ids in output.tolist()])
     finally:
         model.train(was_training)
     return results
@@ -97,6 +97,15 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     return sorted({number for number in (tokenizer.eos_token_id, *of_model) if number is not None})
 
 
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of tokens without those that begin, end and fill up texts.
+
+    Other special tokens show: without the markers of a chat nobody could tell question and answer apart.
+    """
+    hidden = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return tokenizer.decode([number for number in ids if number not in hidden], skip_special_tokens=False)
+
+
 def _count_new_tokens(model: PreTrainedModel, prompt: int, max_new_tokens: int | None, max_length: int | None) -> int:
     total = max_length if max_length is not None else prompt + max_new_tokens
     if total <= prompt:
@@ -120,7 +129,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     # GPT-2 users' prompts never begin with its end-of-text token, which doubles as BOS; Llama's begin with BOS.
     has_own_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id
     context = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return torch.tensor([[context, *ids] if has_own_bos or not ids else ids])
+    # A chat, which begins with the token of a role, is written as it was trained on.
+    is_chat = bool(ids) and ids[0] in tokenizer.all_special_ids and ids[0] != context
+    return torch.tensor([[context, *ids] if has_own_bos or not ids or is_chat else ids])
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]]) -> None:

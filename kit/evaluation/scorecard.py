@@ -13,17 +13,24 @@ _SIZES = {"tokens", "bytes", "documents"}
 _ACROSS_VOCABULARIES = {"bits_per_byte"}
 
 
-def make_scorecard(task: str, before: Mapping[str, Figures], after: Mapping[str, Figures]) -> dict[str, Any]:
+def make_scorecard(
+    task: str,
+    before: Mapping[str, Figures],
+    after: Mapping[str, Figures],
+    untrained: Mapping[str, Figures] | None = None,
+) -> dict[str, Any]:
     """Return `before`, `after` and `delta` (after - before) for every set, as `scorecard.json` holds them.
 
-    Where added tokens cut a set's text in another way, figures per token have no difference that means anything.
+    Where tokens were added, `untrained` is the model with them before any training. Where they cut a set's text in
+    another way, figures per token have no difference that means anything.
     """
     sets = {}
     for name, old in before.items():
         new = after[name]
         compared = old.keys() - _SIZES if old["tokens"] == new["tokens"] else _ACROSS_VOCABULARIES
         delta = {key: new[key] - old[key] for key in old if key in compared}
-        sets[name] = {"before": dict(old), "after": dict(new), "delta": delta}
+        between = {"untrained": dict(untrained[name])} if untrained else {}
+        sets[name] = {"before": dict(old), **between, "after": dict(new), "delta": delta}
     return {"task": task, "sets": sets}
 
 
@@ -42,9 +49,12 @@ def print_scorecard(scorecard: Mapping[str, Any]) -> None:
         lines = zip([name, f"{new['documents']:,} documents", f"{new['bytes']:,} bytes"], cells.items(), strict=True)
         for first, (figure, (key, value, change)) in lines:
             change = change.format(delta[key]) if key in delta else "other tokens"
-            rows.append([first, figure, value.format(old[key]), value.format(new[key]), change])
+            figures = [scores[when][key] for when in ("before", "untrained", "after") if when in scores]
+            rows.append([first, figure, *map(value.format, figures), change])
     if rows:
-        table("Scorecard (lower bits per byte is better)", ["set", "figure", "before", "after", "Δ"], rows)
+        between = ["new tokens, untrained"] if "untrained" in scores else []
+        columns = ["set", "figure", "before", *between, "after", "Δ"]
+        table("Scorecard (lower bits per byte is better)", columns, rows)
 
 
 def print_figures(title: str, sets: Mapping[str, Figures]) -> None:

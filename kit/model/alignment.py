@@ -108,7 +108,7 @@ def align_configuration(
     """Write the ids of BOS, EOS and padding, where the section names them, into the model's configurations, in place.
 
     What ended a generation before goes on ending it, and a list in the configuration stays one, as Trainer does it
-    (`align_special_tokens`), which finds nothing left to change in these.
+    (`align_special_tokens`, of which transformers 5.23 finds nothing left to change).
 
     Args:
         model: with a row for each id; `config` and `generation_config` are changed.

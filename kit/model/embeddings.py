@@ -28,7 +28,7 @@ def resize_and_initialise(
     extension: Extension,
     tokenizer_size: int,
     initialize: Initialization,
-    pad_to_multiple_of: int | None,
+    pad_to_multiple_of: int,
     seed: int,
 ) -> list[InitializedRow]:
     """Give each added token its row, by id, in the input and output embeddings and the head's bias.
@@ -61,7 +61,6 @@ def resize_and_initialise(
         for number, (module, parameter) in enumerate(parameters):
             torch.manual_seed(seed + number)
             _fill(model, module, parameter, old, targets)
-        model.tie_weights()
 
     weights = [module.weight.detach() for module in (inputs, outputs) if module is not None]
     return [InitializedRow(r, tuple(float(w[r.id].double().norm()) for w in weights)) for r in extension.rows]

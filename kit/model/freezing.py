@@ -45,6 +45,19 @@ def check_blocks(section: FreezingSection | None, config: PreTrainedConfig) -> N
         )
 
 
+def check_new_tokens(section: FreezingSection | None, number: int) -> None:
+    """Check that there are new tokens where their rows are to train alone.
+
+    Raises:
+        UserError: there are none.
+    """
+    if section and section.trainable.new_tokens and not number:
+        raise UserError(
+            "freezing.trainable.new_tokens: all tokens of `vocabulary` are in the tokenizer already, so that no row is "
+            "new; `freezing.trainable.embeddings: true` trains theirs with all others"
+        )
+
+
 def apply_freezing(model: PreTrainedModel, section: FreezingSection | None, new_ids: Sequence[int]) -> None:
     """Freeze all parameters but those of the parts that train; without a section leave them as they are.
 
@@ -62,11 +75,7 @@ def apply_freezing(model: PreTrainedModel, section: FreezingSection | None, new_
     if section is None:
         return
     parts = section.trainable
-    if parts.new_tokens and not len(new_ids):
-        raise UserError(
-            "freezing.trainable.new_tokens: all tokens of `vocabulary` are in the tokenizer already, so that no row is "
-            "new; `freezing.trainable.embeddings: true` trains theirs with all others"
-        )
+    check_new_tokens(section, len(new_ids))
     check_blocks(section, model.config)
     blocks = transformer_blocks(model)[-parts.last_blocks :] if parts.last_blocks else []
     model.requires_grad_(False)

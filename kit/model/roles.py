@@ -3,24 +3,27 @@
 import json
 import traceback
 from pathlib import Path
+from string import Formatter
 
 from transformers import PreTrainedTokenizerBase
 
 from kit.console import say, warn
 from kit.errors import UserError, did_you_mean, suggest
-from kit.model.tokenizer import choose_special_tokens
+from kit.model.tokenizer import choose_special_tokens, special_tokens
 from kit.recipe.vocabulary import Roles, TemplateFile, VocabularySection
 
 _OWN = ("bos_token", "eos_token", "pad_token")  # registered as the tokenizer's; the others stand in the chat template
 _SPEAKERS = ("system", "user", "assistant")
-# No whitespace is written: the text is that of a data template such as "<|user|>{question}<|assistant|>{answer}".
+# No whitespace is written: the text is that of a data template such as "<|user|>{question}<|assistant|>{answer}", with
+# what the kit puts before a document and after it.
 # `generation` marks what `return_assistant_tokens_mask` finds: an answer with its end, both of which are learned.
 _TEMPLATE = """\
 {%- set role_tokens = {ROLES} -%}
 {%- if tools -%}
     {{- raise_exception("this chat template has no place for tools") -}}
 {%- endif -%}
-{BOS}{%- for message in messages -%}
+{{- {BEGIN} -}}
+{%- for message in messages -%}
     {%- if message["role"] not in role_tokens -%}
         {{- raise_exception("this chat template has no token for the role `" ~ message["role"] ~ "`; it has one for "
                             ~ role_tokens | join(", ")) -}}
@@ -76,6 +79,43 @@ def apply_roles(tokenizer: PreTrainedTokenizerBase, section: VocabularySection) 
         say("chat template: the recipe's, in the place of the tokenizer's own")
 
 
+def compare_with_chat(tokenizer: PreTrainedTokenizerBase, roles: Roles, template: str) -> None:
+    """Warn where a data template writes a question and its answer otherwise than the chat template does.
+
+    Compared are templates of two columns with the user's and the assistant's token, such as
+    "<|user|>{question}<|assistant|>{answer}"; one that writes a system message too is left alone.
+
+    Args:
+        tokenizer: after `apply_roles`.
+        roles: the section's.
+        template: `template` of a source.
+    """
+    parts = [(literal, name) for literal, name, _, _ in Formatter().parse(template)]
+    names = [name for _, name in parts if name is not None]
+    written = "".join(literal + (f"{{{name}}}" if name is not None else "") for literal, name in parts)
+    speakers = [roles.user, roles.assistant]
+    if not (roles.user and tokenizer.chat_template and len(names) == 2 and all(token in written for token in speakers)):
+        return
+    between = written.partition(f"{{{names[0]}}}")[2].partition(f"{{{names[1]}}}")[0]
+    if (roles.system and roles.system in written) or not any(token in between for token in speakers):
+        return  # a third message, or both columns in one
+    chat = [{"role": role, "content": f"{{{name}}}"} for role, name in zip(_SPEAKERS[1:], names, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # it asks for a system message: there is nothing to compare with
+        return
+    chosen = special_tokens(tokenizer)
+    text = text.removeprefix(chosen.context.token)
+    answer, end, rest = text.rpartition(chosen.eos.token)
+    if end and not rest.strip():  # many templates write a newline after each message; the last one's is never read
+        text = answer
+    if text != written:
+        warn(
+            f"data.train: the template writes {written!r}, the chat template {text!r}: whoever asks the model with "
+            f"`apply_chat_template` asks in another form than it learns"
+        )
+
+
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, roles: Roles) -> None:
     """Make sure that each role's token is there, is special and, where it stands in texts, is found in them."""
     vocabulary = tokenizer.get_vocab()
@@ -119,12 +159,16 @@ def _register(tokenizer: PreTrainedTokenizerBase, roles: Roles) -> None:
 
 
 def _write_template(tokenizer: PreTrainedTokenizerBase, roles: Roles) -> str:
-    """Return a template that writes each message as its role's token and its text, after an answer EOS."""
+    """Return a template that writes a context token, then each message as its role's token and its text, and EOS.
+
+    The context token is the one that the kit puts before each document: without it an answer is asked for at a position
+    and in a context that training never had.
+    """
     tokens = {speaker: token for speaker in _SPEAKERS if (token := getattr(roles, speaker))}
-    # GPT-2 has one token for both ends of a text, and no text begins with it.
-    begins = tokenizer.bos_token not in (None, tokenizer.eos_token)
-    template = _TEMPLATE.replace("{ROLES}", json.dumps(tokens, ensure_ascii=False))
-    return template.replace("{BOS}", "{{- bos_token -}}\n" if begins else "")
+    context = special_tokens(tokenizer).context.token
+    named = [name for name in ("bos_token", "eos_token") if getattr(tokenizer, name) == context]
+    begin = named[0] if named else json.dumps(context, ensure_ascii=False)
+    return _TEMPLATE.replace("{BEGIN}", begin).replace("{ROLES}", json.dumps(tokens, ensure_ascii=False))
 
 
 def _read_template(given: str | TemplateFile) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds: read, and put into the tokenizer without losing text.
+"""Tokens that a recipe adds are put into the tokenizer without losing text.
 
 Added tokens of the `tokenizers` library lose the space before a word or orphan it: byte-level BPE would write " kinase"
 as a lone space and the word, a token more and a sequence that the model has not seen. Words therefore go into the model
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -25,12 +24,10 @@ from transformers.models.auto.tokenization_auto import (
 )
 
 from kit.console import say, warn
-from kit.errors import UserError, suggest
-from kit.files import hash_file, hash_values
-from kit.recipe.vocabulary import AddedToken, TemplateFile, TokensFile, VocabularySection
+from kit.errors import UserError
+from kit.model.declared_tokens import read_tokens
+from kit.recipe.vocabulary import AddedToken, VocabularySection
 
-_COMMENT = re.compile(r"(^|\s)#.*$")
-_LONGEST = 500  # characters of a token: what is longer is text, from a file that holds no list
 _SHOWN = 20  # tokens or mistakes in a message
 _SPACE = "▁"  # what SentencePiece writes for a space
 _USUAL_TYPES = {"Qwen2Tokenizer": "qwen2", "Qwen3_5Tokenizer": "qwen3_5"}
@@ -64,99 +61,6 @@ class _Form:
     text: str
     pieces: tuple[int, ...]
     in_model: bool = True  # else matched before pre-tokenization
-
-
-def read_tokens(section: VocabularySection) -> tuple[list[AddedToken], list[AddedToken]]:
-    """Return the special tokens and the ordinary ones that a recipe's `vocabulary` section declares.
-
-    Raises:
-        UserError: the file is missing or no UTF-8; a token is only whitespace, very long or declared twice, holds NUL,
-            or is an ordinary word with line breaks or with whitespace at its ends.
-    """
-    special = _listed("special_tokens", section.special_tokens)
-    if isinstance(section.tokens, TokensFile):
-        ordinary = _read_file(section.tokens.from_file)
-    else:
-        ordinary = _listed("tokens", section.tokens)
-    seen = {}
-    for number, (where, declared) in enumerate([*special, *ordinary]):
-        token = declared.content
-        if expected := _expected_instead(token, number < len(special)):
-            found = repr(token) if len(token) <= _LONGEST else f"{len(token):,} characters"
-            raise UserError(f"{where}: found {found}; expected a {expected}")
-        if declared.description and not declared.description.strip():
-            raise UserError(
-                f"{where}.description: found {declared.description!r}; expected a phrase that says something"
-            )
-        if token in seen:
-            raise UserError(f"{where}: `{token}` is declared already, in {seen[token]}")
-        seen[token] = where
-    return [token for _, token in special], [token for _, token in ordinary]
-
-
-def _expected_instead(token: str, special: bool) -> str | None:
-    """Return what is expected in the place of a token that cannot be one; None where it can."""
-    if len(token) > _LONGEST:
-        return f"token of at most {_LONGEST:,}"
-    if not token.strip():
-        return "token that is more than whitespace"
-    if "\0" in token:
-        return "token without NUL characters"
-    if not special and token != token.strip():
-        return "word without whitespace at its ends"
-    if not special and len(token.splitlines()) > 1:
-        return "word without line breaks"
-    return None
-
-
-def vocabulary_key(section: VocabularySection | None) -> str | None:
-    """Return a hash of the files that a section names; None where it names none."""
-    parts = (section.tokens, section.chat_template) if section else ()
-    files = [Path(part.from_file).expanduser() for part in parts if isinstance(part, TokensFile | TemplateFile)]
-    return hash_values([hash_file(file) if file.is_file() else None for file in files]) if files else None
-
-
-def _listed(key: str, tokens: Iterable[str | AddedToken]) -> list[tuple[str, AddedToken]]:
-    declared = (AddedToken(content=token) if isinstance(token, str) else token for token in tokens)
-    return [(f"vocabulary.{key}.{number}", token) for number, token in enumerate(declared)]
-
-
-def _read_file(name: str) -> list[tuple[str, AddedToken]]:
-    """Return the tokens of a file with the places where they stand; whitespace around them is none of theirs."""
-    tokens = []
-    for number, line in enumerate(_read_bytes(name).split(b"\n"), start=1):
-        if b"\0" in line:
-            raise UserError(f"{name}:{number}: holds NUL characters, as UTF-16 text does; save the file in UTF-8")
-        try:
-            text = _COMMENT.sub("", line.decode("utf-8")).strip()
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{line[error.start]:02x} is not UTF-8"
-            raise UserError(f"{name}:{number}: {found}; save the file in UTF-8") from None
-        if text:
-            tokens.append((f"{name}:{number}", AddedToken(content=text)))
-    if not tokens:
-        raise UserError(
-            f"vocabulary.tokens.from_file: {name} holds no tokens; expected one a line, `#` begins a comment"
-        )
-    return tokens
-
-
-def _read_bytes(name: str) -> bytes:
-    """Return the content of a file of tokens, without the byte order mark of UTF-8."""
-    key, path = "vocabulary.tokens.from_file", Path(name).expanduser()
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = suggest(path.name, siblings) or "; `kit vocabulary mine` writes such a file"
-        raise UserError(f"{key}: {name}: no such file{hint}") from None
-    except IsADirectoryError:
-        raise UserError(f"{key}: {name}: is a folder; expected a file with one token a line") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
-        raise UserError(f"{key}: {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{name}:1: UTF-16 text; save the file in UTF-8")
-    return raw.removeprefix(b"\xef\xbb\xbf")
 
 
 def extend_tokenizer(
@@ -195,13 +99,15 @@ def extend_tokenizer(
         method = "description" if token in described else method
         pieces = described.get(token, form.pieces)
         rows.append(AddedRow(token, vocabulary[form.entry], token in planned, pieces, method, form.text))
-    if {row.id for row in rows} & old_ids or len({row.id for row in rows}) < len(rows):
+    ids = {row.id for row in rows}
+    if ids & old_ids or len(ids) < len(rows) or (ids and max(ids) - min(ids) >= len(ids)):
         raise UserError(f"vocabulary: the tokenizer ({tokenizer.name_or_path}) has gaps and gives new tokens old ids")
     taken = [*rows, *(AddedRow(token, old_vocabulary[token], True, (), "", token) for token in turned)]
     faults: dict[str, str] = {}
     for row, fault in _faults(tokenizer, words.backend, taken):
         faults.setdefault(row.token, fault)
     _refuse(faults.values())
+    _tell_of_spaces(tokenizer, words.backend, rows)
     existing = [token for token, forms in [*planned.items(), *of_words.items()] if not forms]
     if left := [token for token in existing if token not in turned]:
         say(f"vocabulary: in the tokenizer already, and left as they are: {_listing(left)}")
@@ -395,3 +301,16 @@ def _faults(
             if kept and (now := decode(list(ids), skip_special_tokens=False)) != probe:
                 fault = f"with {token!r} the tokenizer ({name}) would read {probe!r} back as {now!r}; it cannot take"
                 yield row, f"vocabulary: {fault} this token whole without losing text"
+
+
+def _tell_of_spaces(tokenizer: PreTrainedTokenizerBase, old: Tokenizer | None, rows: list[AddedRow]) -> None:
+    """Warn where a tokenizer begins anew behind each special token, with the space that it puts before every text."""
+    token = next((row.token for row in rows if row.special), None)
+    if old is None or token is None or old.decode(old.encode("ab", add_special_tokens=False).ids) != "ab":
+        return
+    probe = f"a{token}b"
+    now = tokenizer.backend_tokenizer.decode(list(_encode(tokenizer, probe)), skip_special_tokens=False)
+    if now != probe:
+        warn(
+            f"the tokenizer ({tokenizer.name_or_path}) puts spaces beside special tokens: {probe!r} is read as {now!r}"
+        )

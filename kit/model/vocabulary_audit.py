@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kit.console import say, table, warn
+from kit.model.readable import readable_tokens, visible
 from kit.model.tokenizer import SpecialTokens, encoder
 from kit.model.vocabulary import AddedRow, Extension
 
@@ -24,6 +23,7 @@ _NEW_ROWS = 1 << 10  # of these
 _NEIGHBOURS = 5
 _SHOWN = 20  # rows of a table
 _NAMED = 10  # tokens in a warning
+_WRITTEN = {"context": "stands before each document", "eos": "ends each document", "pad": "fills up rows"}
 _COSINE_UNITS = 10**6  # cosines are rounded to them, so that equal old rows tie however a product is summed up
 _NO_COSINE, _ID_UNITS = -2.0, 1 << 32
 
@@ -82,7 +82,7 @@ class AuditedToken:
     token: str
     special: bool
     method: str
-    roles: tuple[str, ...]  # "context", "eos", "pad", where the kit itself writes this token
+    written_as: tuple[str, ...]  # "context", "eos", "pad", where the kit itself writes this token
     rows: tuple[AuditedRow, ...]
 
     @property
@@ -111,7 +111,7 @@ class Audit:
     @property
     def never_in_training(self) -> list[str]:
         """Declared tokens that stand nowhere in the training text and that the kit does not write itself."""
-        return [token.token for token in self.tokens if not (token.occurrences[TRAINING] or token.roles)]
+        return [token.token for token in self.tokens if not (token.occurrences[TRAINING] or token.written_as)]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def audit_before(
     """
     texts = {TRAINING: training} | {f"evaluation/{name}": text for name, text in sets.items()}
     counts = {name: count_occurrences(extension.rows, chunks) for name, (_, chunks) in texts.items()}
-    writes = {name: getattr(special, name).id for name in ("context", "eos", "pad")} if special else {}
+    writes = {name: getattr(special, name).id for name in _WRITTEN} if special else {}
     saved = _saved_each(extension.rows, tokenizer_before, tokenizer_after)
     ids = sorted(row.id for row in extension.rows)
     norms = {name: dict(zip(ids, _lengths(weight), strict=True)) for name, weight in initial.items()}
@@ -192,15 +192,15 @@ def audit_before(
         grouped[row.token, row.special, row.method].append(audited)
     tokens = []
     for declared, rows in grouped.items():
-        roles = tuple(role for role, id_ in writes.items() if id_ in {row.id for row in rows})
-        tokens.append(AuditedToken(*declared, roles, tuple(rows)))
+        written_as = tuple(role for role, id_ in writes.items() if id_ in {row.id for row in rows})
+        tokens.append(AuditedToken(*declared, written_as, tuple(rows)))
     old = np.setdiff1d(np.arange(extension.old_size), extension.holes)
     matrix = (rows_before, rows_after, rows_after - len(old) - len(ids), old[old < rows_before])
     return Audit({name: figures for name, (figures, _) in texts.items()}, tuple(tokens), extension.existing, *matrix)
 
 
 def print_audit(audit: Audit) -> None:
-    """Print what the added tokens save in each text, the most frequent ones, and those that never occur."""
+    """Print what the added tokens save in each text, those that save the most, and those that never occur."""
     for name, f in audit.texts.items():
         say(
             f"{name}: {f.tokens_before:,} tokens become {f.tokens_after:,} ({0.0 - f.share:+.1%}); "
@@ -210,16 +210,20 @@ def print_audit(audit: Audit) -> None:
     if not audit.tokens:
         return
     rows = []
-    for token in sorted(audit.tokens, key=lambda token: -token.occurrences[TRAINING]):
+    for token in sorted(audit.tokens, key=lambda token: (-token.saved[TRAINING], -token.occurrences[TRAINING])):
         times = token.occurrences
         made_of = "│".join(token.rows[0].pieces) or "mean"
         if token.method != "subword-mean":
             made_of = f"description: {made_of}" if token.method == "description" else token.method
         ids = ", ".join(str(row.id) for row in token.rows)
         figures = (times[TRAINING], sum(times.values()) - times[TRAINING], token.saved[TRAINING])
-        rows.append([visible(token.token, space=" "), ids, made_of, *(f"{figure:,}" for figure in figures)])
-    columns = ["token", "ids", "begins as", "in training", "in evaluation", "saves about, in training"]
+        name = visible(token.token, space=" ") + (f" ({', '.join(token.written_as)})" if token.written_as else "")
+        rows.append([name, ids, made_of, *(f"{figure:,}" for figure in figures)])
+    columns = ["token", "ids", "begins as", "in training text", "in evaluation text", "saves about, in training text"]
     _table("Added tokens", columns, rows)
+    roles = {role for token in audit.tokens for role in token.written_as}
+    if written := [f"({role}) {does}" for role, does in _WRITTEN.items() if role in roles]:
+        say(f"{', '.join(written)}: written by the kit itself, which is not counted here")
     if never := audit.never_in_training:
         warn(
             f"{len(never):,} of {len(audit.tokens):,} added tokens never occur in the training text, so that their "
@@ -268,23 +272,27 @@ def print_movement(audit: Audit, movements: Mapping[int, Movement]) -> None:
         far = [_distance(m.moved[name], m.moved_relative[name]) for name in names]
         near = "  ".join(f"{old.text} {old.cosine:.2f}" for old in m.nearest_old_rows)
         cells.append([row.text, f"{row.occurrences[TRAINING]:,}", *far, near])
-    columns = ["row", "in training", *(f"moved ({name})" for name in names), "nearest old rows, with cosine"]
+    columns = ["row", "in training text", *(f"moved ({name})" for name in names), "nearest old rows, with cosine"]
     _table("Added rows after training, and how far they are from their start", columns, cells)
     for name in names:
         role = "context" if name == "input" else "eos"  # what ends a document is no input
-        writes = {row.id for token in audit.tokens if role in token.roles for row in token.rows}
+        writes = {row.id for token in audit.tokens if role in token.written_as for row in token.rows}
         far = _median(m.moved[name] for m in movements.values())
         relative = _median(m.moved_relative[name] for m in movements.values())
         still = [row for row in rows if name in movements[row.id].unmoved]
+        # The softmax moves all rows of an output matrix, which a tied one is too: that none stayed says nothing.
+        stayed = f", {len(still):,} did not move at all" if still or (name == "input" and len(names) > 1) else ""
         say(
-            f"{name} embeddings: the {len(rows):,} new rows moved by {_distance(far, relative)} in the median, "
-            f"{len(still):,} did not move at all (in brackets: share of their length at the start)"
+            f"{name} embeddings: the {len(rows):,} new rows moved by {_distance(far, relative)} in the median{stayed} "
+            f"(in brackets: share of their length at the start)"
         )
         if seen := [row.text for row in still if row.occurrences[TRAINING] or row.id in writes]:
             warn(
-                f"{len(seen):,} new rows of the {name} embeddings are what they were before training, although the "
-                f"training text holds their tokens (did too few steps meet them?): {_named(seen)}"
+                f"{len(seen):,} new rows of the {name} embeddings are what they were before training, although their "
+                f"tokens are in it (were there too few steps, or was the learning rate too small?): {_named(seen)}"
             )
+    matrix = "these embeddings, which are the output's too," if len(names) == 1 else "the output embeddings,"
+    say(f"every prediction pulls at all rows of {matrix} so that a movement there does not say that a token occurred")
 
 
 def audit_as_json(audit: Audit, movements: Mapping[int, Movement] | None = None) -> dict[str, Any]:
@@ -303,33 +311,6 @@ def audit_as_json(audit: Audit, movements: Mapping[int, Movement] | None = None)
         "never_in_training": audit.never_in_training,
         "tokens": tokens,
     }
-
-
-def readable_tokens(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, str]:
-    """Return the readable text of token ids: spaces, ends of lines and parts of characters shown as what they are."""
-    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-    # `##ase` says more than WordPiece's decoder, which guesses spaces.
-    decoder = backend and (None if isinstance(backend.model, models.WordPiece) else backend.decoder)
-    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    whole = tokenizer.get_added_vocab()  # as they are, never as bytes
-
-    def readable(token: str) -> str:
-        if token in whole:
-            return visible(token, space=" ")
-        if isinstance(decoder, decoders.ByteLevel) and {*token} <= byte_of.keys():
-            return visible(bytes(byte_of[letter] for letter in token).decode("utf-8", errors="backslashreplace"))
-        # Behind a letter, since decoders take the space off what begins a text.
-        text = decoder.decode(["a", token]).removeprefix("a") if decoder else token.replace("▁", " ")
-        return visible(token if "\ufffd" in text else text)
-
-    tokens = {id_: tokenizer.convert_ids_to_tokens(id_) for id_ in set(ids)}
-    return {id_: f"[{id_}]" if token is None else readable(token) for id_, token in tokens.items()}
-
-
-def visible(text: str, space: str = "␣") -> str:
-    """Return a text on one line: spaces as `space`, ends of lines as ⏎, tabs as ⇥, what cannot be printed escaped."""
-    text = text.translate({ord(" "): space, ord("\n"): "⏎", ord("\t"): "⇥"})
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _named(texts: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ _MANNER = {
 }
 _MICRO_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with Trainer's defaults
 _UNSET = object()
+_LONG = 5  # entries of a list
 _EMPTY = (None, (), [], {})
 
 
@@ -123,8 +124,22 @@ def differing_manner(a: Recipe, b: Recipe) -> list[str]:
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys([*before, *after]))
-    pairs = {name: (_show(before.get(name, _UNSET)), _show(after.get(name, _UNSET))) for name in names}
-    return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+    pairs = {name: (before.get(name, _UNSET), after.get(name, _UNSET)) for name in names}
+    return [_difference(name, old, new) for name, (old, new) in pairs.items() if _show(old) != _show(new)]
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
+    """Return one line on a value that differs; of long lists only the entries that do."""
+    if not all(isinstance(value, list) and len(value) > _LONG for value in (before, after)):
+        return f"{name}: {_show(before)} -> {_show(after)}"
+    gone, new = ([e for e in one if e not in other] for one, other in ((before, after), (after, before)))
+    changes = [f"{word} {_first(entries)}" for word, entries in (("without", gone), ("with", new)) if entries]
+    return f"{name}: {len(before):,} entries -> {len(after):,}: {'; '.join(changes) or 'in another order'}"
+
+
+def _first(entries: list[Any]) -> str:
+    more = f" and {len(entries) - _LONG:,} more" if len(entries) > _LONG else ""
+    return ", ".join(map(_show, entries[:_LONG])) + more
 
 
 def _affecting(recipe: Recipe) -> dict[str, Any]:

@@ -88,13 +88,14 @@ class VocabularySection(Section):
         | None
     ) = None
     """How `apply_chat_template` writes a chat, in Jinja or `{from_file: …}`; by default, where `roles` names `user` and
-    `assistant`, each message is its role's token, its text and, after an assistant's, EOS."""
+    `assistant`, the token that stands before each document, then each message as its role's token, its text and, after
+    an assistant's, EOS."""
     initialize: Initialization = "subword-mean"
     """What a new row begins as: the mean of the rows of the pieces that the old tokenizer made of the token (special
     tokens: of their description, else of all rows); the mean of all rows; a sample of their distribution; zeros; or the
     model's own random initialisation."""
-    pad_to_multiple_of: int | None = Field(default=64, ge=1, le=65_536)
-    """Rows of the embeddings are a multiple of this, as fast matrix products want it; a matrix never shrinks."""
+    pad_to_multiple_of: int = Field(default=64, ge=1, le=65_536)
+    """Rows of embeddings that grow become a multiple of this, as fast matrix products want it; 1 for none to spare."""
 
     @model_validator(mode="after")
     def _something(self) -> "VocabularySection":

@@ -25,10 +25,10 @@ from kit.data.corpus import (
 from kit.evaluation.language_modeling import evaluate_documents
 from kit.model.alignment import align_configuration, check_alignment
 from kit.model.embeddings import resize_and_initialise
-from kit.model.freezing import check_blocks
+from kit.model.freezing import check_blocks, check_new_tokens
 from kit.model.isolation import check_isolation
 from kit.model.loading import check_pretrained, check_vocabulary, load_causal_lm, model_type
-from kit.model.roles import apply_roles
+from kit.model.roles import apply_roles, compare_with_chat
 from kit.model.tokenizer import decoder, encoder, load_tokenizer, special_tokens, tokenizer_key
 from kit.model.vocabulary import Extension, extend_tokenizer
 from kit.recipe.models import Recipe
@@ -72,7 +72,10 @@ def extend_vocabulary(
         return tokenizer, None
     extended = copy.deepcopy(tokenizer)
     extension = extend_tokenizer(extended, recipe.vocabulary, model_type(recipe.model))
+    check_new_tokens(recipe.freezing, len(extension.rows))
     apply_roles(extended, recipe.vocabulary)
+    for template in dict.fromkeys(source.template for source in recipe.data.train if source.template is not None):
+        compare_with_chat(extended, recipe.vocabulary.roles, template)
     return extended, extension
 
 

@@ -76,8 +76,8 @@ def audit_added_tokens(
     sets = {name: (documents.stores, base.corpus.sets[name].stores) for name, documents in corpus.sets.items()}
     audit = audit_before(
         extension,
-        _audited(corpus.training, base.training),
-        {name: _audited(*selections) for name, selections in sets.items()},
+        (_figures(corpus.training, base.training), corpus.training_tokens()),
+        {name: (_figures(after, before), _tokens(after)) for name, (after, before) in sets.items()},
         base.tokenizer,
         tokenizer,
         rows_before,
@@ -88,14 +88,17 @@ def audit_added_tokens(
     return AddedTokens(audit, initial)
 
 
-def _audited(after: Selections, before: Selections) -> tuple[TextFigures, Iterator[np.ndarray]]:
-    figures = TextFigures(
+def _figures(after: Selections, before: Selections) -> TextFigures:
+    return TextFigures(
         documents=sum(len(documents) for _, documents in after),
         num_bytes=int(sum(store.num_bytes[documents].sum() for store, documents in after)),
         tokens_before=sum(store.count_tokens(documents) for store, documents in before),
         tokens_after=sum(store.count_tokens(documents) for store, documents in after),
     )
-    return figures, (store.document(index) for store, documents in after for index in documents)
+
+
+def _tokens(selections: Selections) -> Iterator[np.ndarray]:
+    return (store.document(index) for store, documents in selections for index in documents)
 
 
 def report_untrained(before: Mapping[str, Figures], untrained: Mapping[str, Figures]) -> None:

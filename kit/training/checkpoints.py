@@ -67,8 +67,9 @@ def _check_belongs(path: Path, marker: dict[str, Any], world_size: int, fingerpr
     for name, value in fingerprints.items():
         if marker.get(name) != value:
             raise UserError(
-                f"{path} was written with another {name}: it would not go on exactly. Restore the {name}, start afresh "
-                f"with `run.resume=never`, or choose another folder with `run.output_dir=…`"
+                f"{path} was written with {'other' if name == 'data' else 'another'} {name}: it would not go on "
+                f"exactly. Restore the {name}, start afresh with `run.resume=never`, or choose another folder with "
+                f"`run.output_dir=…`"
             )
 
 

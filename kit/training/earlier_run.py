@@ -5,7 +5,6 @@ from kit.data.corpus import sources_key
 from kit.errors import UserError
 from kit.files import hash_values
 from kit.model.loading import model_key
-from kit.model.vocabulary import vocabulary_key
 from kit.recipe.loading import differing_keys, differing_manner, load_recipe
 from kit.recipe.models import Recipe, RunSection
 from kit.training.checkpoints import checkpoints_newest_first
@@ -13,9 +12,8 @@ from kit.training.run_directory import RunDirectory
 
 
 def inputs_key(recipe: Recipe, seed: int) -> str:
-    """Return a hash of the content of everything that a recipe reads: text, weights and lists of tokens."""
-    vocabulary = vocabulary_key(recipe.vocabulary)
-    return hash_values(sources_key(recipe.data, recipe.evaluation.sets), model_key(recipe.model, seed), vocabulary)
+    """Return a hash of the content of everything that a recipe reads: text and weights."""
+    return hash_values(sources_key(recipe.data, recipe.evaluation.sets), model_key(recipe.model, seed))
 
 
 def effective_resume(recipe: Recipe, directory: RunDirectory) -> RunSection:
@@ -42,7 +40,7 @@ def is_finished(recipe: Recipe, directory: RunDirectory, seed: int) -> bool:
         return False
     if directory.read_manifest().get("inputs") != inputs_key(recipe, seed):
         raise UserError(
-            f"{directory.path}: is finished, but data, base model or words have changed since; run afresh with "
+            f"{directory.path}: is finished, but data or base model have changed since; run afresh with "
             f"`run.resume=never`, which keeps the old run aside, or choose another folder with `run.output_dir=…`"
         )
     return True

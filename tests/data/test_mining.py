@@ -1,6 +1,5 @@
 """Mined words against brute force: every occurrence cut out of its text, and tokenizers that really have the words."""
 
-import json
 import random
 import unicodedata
 from collections import Counter
@@ -8,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer
 
 from kit.data.builtin import read_corpus
 from kit.data.mining import MinedWord, TextTotals, measure, mine_words, print_mined, write_mined
 from kit.errors import UserError
-from kit.model.encoding import FastEncoder
 from kit.model.tokenizer import encoder
+from kit.model.vocabulary import with_words
 from tests.data.encoders import encode_characters
 from tests.material import documents, make_tokenizer
 
@@ -44,6 +42,36 @@ def scan(text):
         at = max(end, at + 1)
 
 
+def extend_characters(words):
+    """Return an encoder by the character to which whole words are one token each."""
+
+    def encode(texts):
+        found = ([text[start:end] for start, end in scan(text)] for text in texts)
+        saved = (sum(len(word) - 1 for word in some if word in words) for some in found)
+        return [range(len(text) - less) for text, less in zip(texts, saved, strict=True)]
+
+    return encode
+
+
+def mine_characters(texts, *args, **options):
+    return mine_words(texts, encode_characters, *args, extend=extend_characters, **options)
+
+
+def added(make):
+    """Return what extends a tokenizer as the kit does: `make` returns it anew."""
+    return lambda words: encoder(with_words(make(), words))
+
+
+def cut_out(make):
+    """Return what extends a tokenizer as `add_tokens` does, which takes a word out of the text before all else."""
+    return lambda words: encoder(with_added(make(), words))
+
+
+def with_added(tokenizer, words):
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    return tokenizer
+
+
 def brute_force(texts, encode):
     """Return occurrences and saved tokens of each word: each of its occurrences is cut out of the whole text."""
     occurrences, saved = Counter(), Counter()
@@ -68,12 +96,6 @@ def mixed_documents(number, seed):
             words.insert(rng.randint(0, len(words)), rng.choice(forms).format(rng.choice(NEW)))
         texts.append(" ".join(words))
     return texts
-
-
-def extended(tokenizer, words):
-    """Return the encoder of a tokenizer that got the words as `add_tokens` adds them; the tokenizer is changed."""
-    tokenizer.add_tokens([AddedToken(word.word, single_word=True, normalized=False) for word in words])
-    return encoder(tokenizer)
 
 
 def promised(totals, words):
@@ -102,7 +124,7 @@ def promised(totals, words):
 )
 def test_words(text, words):
     """An encoder by the character, of which every word but those of one letter has several."""
-    mined, _ = mine_words([text, text], encode_characters, 100, min_occurrences=2)
+    mined, _ = mine_characters([text, text], 100, min_occurrences=2)
     expected = [word for word in dict.fromkeys(words) if len(word) > 1]
     assert {word.word for word in mined} == set(expected)
     assert all(word.saved == 2 * (len(word.word) - 1) for word in mined)
@@ -110,7 +132,7 @@ def test_words(text, words):
 
 def test_words_inside_longer_words_do_not_count():
     text = "init __init__ init2 reinit inits init-3 un-init"
-    mined, _ = mine_words([text], encode_characters, 10, min_occurrences=1)
+    mined, _ = mine_characters([text], 10, min_occurrences=1)
     assert {word.word: word.occurrences for word in mined}["init"] == 2
 
 
@@ -119,12 +141,15 @@ def test_words_inside_longer_words_do_not_count():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_equals_brute_force(coding, seed):
+    """Of words that are cut out of their texts."""
     texts = mixed_documents(40, seed)
     occurrences, saved = brute_force(texts, coding.encode)
-    mined, totals = mine_words(iter(texts), coding.encode, 1_000, min_occurrences=3)
+    extend = cut_out(make_tokenizer)
+    mined, totals = mine_words(iter(texts), coding.encode, 1_000, min_occurrences=3, extend=extend)
     for word in mined:
         assert (word.occurrences, word.saved) == (occurrences[word.word], saved[word.word]), word
-    is_token = {word: 1 in map(len, coding.encode([word, f" {word}"])) for word in saved}
+        assert word.pieces == len(coding.encode([f" {word.word}"])[0])
+    is_token = {word: len(coding.encode([f" {word}"])[0]) == 1 for word in saved}
     expected = {w for w, number in saved.items() if number > 0 and occurrences[w] >= 3 and not is_token[w]}
     assert {word.word for word in mined} == expected
     assert {"asyncio", "__init__", "UTF-8", "PyTypeObject"} <= expected
@@ -133,31 +158,32 @@ def test_equals_brute_force(coding, seed):
     assert totals == measure(texts, coding.encode)
 
 
-def test_a_space_before_the_token_is_a_token_of_its_own(coding):
-    """Counting pieces less one would promise a token more for each occurrence after a space than there is."""
+def test_each_word_saves_what_a_tokenizer_with_it_alone_saves(coding):
+    """In whole texts, where the kit adds it."""
+    texts = mixed_documents(40, seed=3)
+    extend = added(make_tokenizer)
+    mined, totals = mine_words(texts, coding.encode, 1_000, min_occurrences=3, extend=extend)
+    assert len(mined) > len(NEW)
+    for word in mined:
+        assert word.saved == totals.tokens - measure(texts, extend([word.word])).tokens, word
+
+
+def test_a_space_before_the_token_may_be_a_token_of_its_own(coding):
+    """Counting pieces less one would promise a token more for each occurrence after a space than `add_tokens` saves."""
     pieces = len(coding.encode([" asyncio"])[0])
-    mined, _ = mine_words(["use asyncio"] * 5, coding.encode, 10)
-    [word] = [word for word in mined if word.word == "asyncio"]
-    assert word == MinedWord("asyncio", 5, pieces, 5 * (pieces - 2))
-    mined, _ = mine_words(["use asyncio"] * 5, coding.encode, 10, takes_space=True)
-    [word] = [word for word in mined if word.word == "asyncio"]
-    assert word == MinedWord("asyncio", 5, pieces, 5 * (pieces - 1))
+    for extend, left in ((cut_out(make_tokenizer), 2), (added(make_tokenizer), 1)):
+        mined, _ = mine_words(["use asyncio"] * 5, coding.encode, 10, extend=extend)
+        [word] = [word for word in mined if word.word == "asyncio"]
+        assert word == MinedWord("asyncio", 5, pieces, 5 * (pieces - left))
 
 
-def test_words_of_the_vocabulary_itself_save_the_space_too():
-    """A byte-level BPE with the words among its own tokens, which takes them whole where it finds them there."""
-    texts = mixed_documents(300, seed=7)
-    tokenizer = make_tokenizer()
-    words, totals = mine_words(texts, encoder(tokenizer), 20, takes_space=True)
-    letters = [word for word in words if word.word.isascii() and word.word.isalpha()]
-    assert len(letters) > 5
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["model"]["ignore_merges"] = True
-    for word in letters:
-        for token in (word.word, f"Ġ{word.word}"):
-            backend["model"]["vocab"].setdefault(token, len(backend["model"]["vocab"]))
-    exact = measure(texts, FastEncoder(Tokenizer.from_str(json.dumps(backend))))
-    assert promised(totals, letters) == exact.tokens
+def test_tokens_are_those_after_a_space_wherever_the_word_stands(coding):
+    word = next(w for w in NEW if len(coding.encode([w])[0]) > len(coding.encode([f" {w}"])[0]) > 1)
+    mined, _ = mine_words([f"{word}\n({word}"] * 5, coding.encode, 10, extend=added(make_tokenizer))
+    pieces = len(coding.encode([f" {word}"])[0])
+    [found] = [found for found in mined if found.word == word]
+    assert found.pieces == pieces
+    assert found.saved > found.occurrences * (pieces - 1)
 
 
 def test_a_tokenizer_with_the_words_tells_what_they_save():
@@ -177,8 +203,7 @@ def test_a_tokenizer_with_the_words_tells_what_they_save():
     assert "asyncio" in candidates
     assert len(words) == 5 < len(candidates) <= 15
     assert "asyncio" not in {word.word for word in words}
-    plain, _ = mine_words(texts, encode, 1_000)
-    saved = {word.word: word.saved for word in plain}
+    _, saved = brute_force(texts, encode)
     assert all(word.saved == saved[word.word] for word in words)
     exact = measure(texts, extend([word.word for word in words]))
     assert promised(totals, words) == pytest.approx(exact.tokens, rel=0.001)
@@ -192,15 +217,17 @@ def test_what_is_a_token_already_is_not_mined(coding, tokenizer):
     bare = [token for token in known if token.isalpha() and len(token) > 1]
     assert bare
     texts = [f"({token} {token}.{token}" for token in bare for _ in range(5)]
-    mined, _ = mine_words(texts, coding.encode, 1_000)
-    assert not {word.word for word in mined} & set(bare)
+    after_space = [token for token in bare if len(coding.encode([f" {token}"])[0]) == 1]
+    assert after_space
+    mined, _ = mine_words(texts, coding.encode, 1_000, extend=added(make_tokenizer))
+    assert not {word.word for word in mined} & set(after_space)
 
 
 def test_the_tokenizer_with_the_words_saves_what_was_promised():
     texts = mixed_documents(300, seed=4)
-    tokenizer = make_tokenizer()
-    words, totals = mine_words(texts, encoder(tokenizer), 20)
-    exact = measure(texts, extended(tokenizer, words))
+    extend = added(make_tokenizer)
+    words, totals = mine_words(texts, encoder(make_tokenizer()), 20, extend=extend)
+    exact = measure(texts, extend([word.word for word in words]))
     assert totals.tokens - promised(totals, words) == pytest.approx(totals.tokens - exact.tokens, rel=0.01)
     assert totals.tokens - exact.tokens > 0.1 * totals.tokens
 
@@ -209,11 +236,11 @@ def test_docstrings(coding):
     """Real text, with indentation and markup, where what stands further away may matter: a little."""
     texts = [text for text in read_corpus("docstrings", ("filelock",)) if isinstance(text, str)][::3]
     occurrences, saved = brute_force(texts, coding.encode)
-    tokenizer = make_tokenizer()
-    mined, totals = mine_words(texts, encoder(tokenizer), 50)
+    extend = cut_out(make_tokenizer)
+    mined, totals = mine_words(texts, encoder(make_tokenizer()), 50, extend=extend)
     assert [word.occurrences for word in mined] == [occurrences[word.word] for word in mined]
     assert sum(word.saved for word in mined) == pytest.approx(sum(saved[word.word] for word in mined), rel=0.01)
-    exact = measure(texts, extended(tokenizer, mined))
+    exact = measure(texts, extend([word.word for word in mined]))
     assert sum(word.saved for word in mined) == pytest.approx(totals.tokens - exact.tokens, rel=0.02)
 
 
@@ -222,19 +249,22 @@ def test_docstrings(coding):
 
 def test_ranking_does_not_depend_on_the_order_of_texts(coding):
     texts = mixed_documents(60, seed=5)
-    forward = mine_words(texts, coding.encode, 30, min_occurrences=1)
-    assert mine_words(texts[::-1], coding.encode, 30, min_occurrences=1) == forward
-    mined, _ = mine_words(["bb aa cc"], encode_characters, 10, min_occurrences=1)
+    forward, backward = (
+        mine_words(some, coding.encode, 30, min_occurrences=1, extend=added(make_tokenizer))
+        for some in (texts, texts[::-1])
+    )
+    assert backward == forward
+    mined, _ = mine_characters(["bb aa cc"], 10, min_occurrences=1)
     assert [word.word for word in mined] == ["aa", "bb", "cc"]
 
 
 def test_count_and_min_occurrences():
     texts = ["seldom often often", "often"]
-    assert [word.word for word in mine_words(texts, encode_characters, 1, 1)[0]] == ["often"]
-    assert [word.word for word in mine_words(texts, encode_characters, 9, 2)[0]] == ["often"]
-    assert [word.word for word in mine_words(texts, encode_characters, 9, 1)[0]] == ["often", "seldom"]
-    assert mine_words(texts, encode_characters, 0, 1)[0] == []
-    assert mine_words([], encode_characters, 9)[0] == []
+    assert [word.word for word in mine_characters(texts, 1, 1)[0]] == ["often"]
+    assert [word.word for word in mine_characters(texts, 9, 2)[0]] == ["often"]
+    assert [word.word for word in mine_characters(texts, 9, 1)[0]] == ["often", "seldom"]
+    assert mine_characters(texts, 0, 1)[0] == []
+    assert mine_characters([], 9)[0] == []
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["many texts", "one text"])
@@ -250,14 +280,14 @@ def test_forgetting_rare_words_loses_no_frequent_one(monkeypatch, whole):
         texts.append(" ".join(rng.sample(words, len(words))))
     texts = [" ".join(texts)] if whole else texts
     exact = Counter(word for text in texts for word in text.split(" "))
-    mined, totals = mine_words(iter(texts), encode_characters, 10, most_counted=2_000)
+    mined, totals = mine_characters(iter(texts), 10, most_counted=2_000)
     found = {word.word: word.occurrences for word in mined}
     assert 0 < totals.most_missed < exact["late"]
     assert exact["frequent"] - totals.most_missed <= found["frequent"] <= exact["frequent"]
     assert exact["late"] - totals.most_missed <= found["late"] <= exact["late"]
     assert all(number <= exact[word] <= number + totals.most_missed for word, number in found.items())
     assert totals.words == sum(exact.values())
-    complete, totals = mine_words(texts, encode_characters, 10)
+    complete, totals = mine_characters(texts, 10)
     assert totals.most_missed == 0
     assert all(word.occurrences == exact[word.word] for word in complete)
 
@@ -285,10 +315,12 @@ def read_words(path):
 def test_the_file(tmp_path):
     path = tmp_path / "words.txt"
     words = [MinedWord("asyncio", 1_234, 4, 702), MinedWord("Größe", 7, 2, 5)]
-    write_mined(path, words, TOTALS, AFTER, header=["mined from a.yaml\nby hand"])
+    write_mined(path, words, TOTALS, AFTER, "a.yaml", header=["changed\nby hand"])
     text = path.read_text(encoding="utf-8")
-    assert "\nasyncio    # 1,234 times, 4 tokens, saves 702\nGröße      # 7 times, 2 tokens, saves 5\n" in text
-    assert text.startswith("# mined from a.yaml\n# by hand\n#\n# 3 documents, 6,000 bytes, 1,000 words; ")
+    assert "\nasyncio    # 1,234 times, 4 tokens after a space, saves 702\n" in text
+    assert "\nGröße      # 7 times, 2 tokens after a space, saves 5\n" in text
+    first = "# Words of the training text of a.yaml that save the most tokens, each as one token\n"
+    assert text.startswith(f"{first}# changed\n# by hand\n#\n# 3 documents, 6,000 bytes, 1,000 words; ")
     assert "with these 2 words:\n#     tokens           3,000 → 2,293 (-23.6%)\n" in text
     assert "#     tokens per word  3.000 → 2.293\n#     bytes per token  2.000 → 2.617\n" in text
     assert f"vocabulary: {{tokens: {{from_file: {path}}}}}" in text
@@ -298,32 +330,44 @@ def test_the_file(tmp_path):
 @pytest.mark.parametrize("name", ["words.txt", "my words: 1 #.txt", "wörter.txt", "{x}.txt", "123", "null", "1.5"])
 def test_the_recipe_line_is_yaml(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    write_mined(name, [], TOTALS, TOTALS)
+    write_mined(name, [], TOTALS, TOTALS, "a.yaml")
     [line] = [line for line in (tmp_path / name).read_text(encoding="utf-8").splitlines() if "from_file" in line]
     assert yaml.safe_load(line[1:]) == {"vocabulary": {"tokens": {"from_file": name}}}
 
 
 def test_mined_words_come_back_from_the_file(tmp_path, coding):
     texts = ["#hash C# a#b `#` हिन्दी Gro\u0308ße می‌خواهم x\u2028y\x0bzz __init__ UTF-8"] * 5 + mixed_documents(50, 6)
-    words, totals = mine_words(texts, coding.encode, 1_000)
+    words, totals = mine_words(texts, coding.encode, 1_000, extend=cut_out(make_tokenizer))
     assert {"हिन्दी", "Gro\u0308ße", "می‌خواهم", "__init__", "UTF-8"} <= {word.word for word in words}
-    write_mined(tmp_path / "words.txt", words, totals, totals)
+    write_mined(tmp_path / "words.txt", words, totals, totals, "a.yaml")
     assert read_words(tmp_path / "words.txt") == [word.word for word in words]
 
 
 def test_a_file_is_not_overwritten(tmp_path):
     path = tmp_path / "words.txt"
-    path.write_text("chosen by hand\n")
-    with pytest.raises(UserError, match=r"words\.txt: exists already"):
-        write_mined(path, [], TOTALS, TOTALS)
-    assert path.read_text() == "chosen by hand\n"
-    write_mined(path, [MinedWord("new", 5, 2, 5)], TOTALS, AFTER, overwrite=True)
+    write_mined(path, [MinedWord("old", 5, 2, 5)], TOTALS, AFTER, "a.yaml")
+    path.write_text(path.read_text() + "chosen by hand\n")
+    with pytest.raises(UserError, match=r"words\.txt: exists already, perhaps.*`--output`.*`--overwrite`"):
+        write_mined(path, [], TOTALS, TOTALS, "b.yaml")
+    assert read_words(path) == ["old", "chosen by hand"]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as an editor may leave it
+    write_mined(path, [MinedWord("new", 5, 2, 5)], TOTALS, AFTER, "b.yaml", overwrite=True)
     assert read_words(path) == ["new"]
     with pytest.raises(UserError, match="is a folder"):
-        write_mined(tmp_path, [], TOTALS, TOTALS, overwrite=True)
+        write_mined(tmp_path, [], TOTALS, TOTALS, "a.yaml", overwrite=True)
     with pytest.raises(UserError, match=r"missing/words\.txt: its folder does not exist"):
-        write_mined(tmp_path / "missing" / "words.txt", [], TOTALS, TOTALS)
+        write_mined(tmp_path / "missing" / "words.txt", [], TOTALS, TOTALS, "a.yaml")
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("content", ["", "task: lm\n", "words\n# Words of the training text of a.yaml\n"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_was_not_mined_is_never_overwritten(tmp_path, content, overwrite):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml: exists already, and mining did not write it; .*`--output`"):
+        write_mined(path, [], TOTALS, AFTER, "recipe.yaml", overwrite=overwrite)
+    assert path.read_text() == content
 
 
 def test_the_table(capsys):
@@ -336,7 +380,12 @@ def test_the_table(capsys):
     assert "3 documents, 60,000 bytes, 10,000 words; as they are, and with these 30 words:" in shown
     assert "tokens           40,000 → 10,435 (-73.9%)" in shown
     assert "tokens per word   4.000 → 1.044" in shown
+    assert "tokens after a space" in shown
+    assert "elsewhere" in shown
     assert "warning" not in shown
+    exact = [MinedWord(word.word, word.occurrences, 3, 2 * word.occurrences) for word in words]
+    print_mined(exact, TOTALS, AFTER)
+    assert "elsewhere" not in capsys.readouterr().out
     print_mined(words, TextTotals(3, 60_000, 10_000, 40_000, most_missed=12), TextTotals(3, 60_000, 10_000, 10_435))
     shown = capsys.readouterr().out
     assert "each may occur up to 12 times more often" in shown
@@ -352,7 +401,9 @@ def test_python_docs(name):
         pytest.skip("../shared/data is not on this machine")
     texts = (DATA / "python_docs" / "corpus.txt").read_text(encoding="utf-8").split("\n\n\n")[::15]
     tokenizer = AutoTokenizer.from_pretrained(DATA / name)
-    words, totals = mine_words(texts, encoder(tokenizer), 100)
-    exact = measure(texts, extended(tokenizer, words))
+    extend = added(lambda: tokenizer)
+    words, totals = mine_words(texts, encoder(tokenizer), 100, extend=extend)
+    exact = measure(texts, extend([word.word for word in words]))
     assert len(words) == 100
-    assert totals.tokens - promised(totals, words) == pytest.approx(totals.tokens - exact.tokens, rel=0.02)
+    # Longer words save more than is promised, where the pre-tokenizer finds the added ones in them.
+    assert totals.tokens - promised(totals, words) == pytest.approx(totals.tokens - exact.tokens, rel=0.05)

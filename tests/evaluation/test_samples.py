@@ -3,16 +3,20 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.model.loading import load_causal_lm
 from kit.recipe.models import ModelSection
 from tests.material import make_model, make_tokenizer
+
+LLAMA = Path(__file__).parents[3] / "shared/data/stories260K/hf"
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +171,11 @@ def test_all_tokens_with_top_k_0(tokenizer):
 
 @pytest.mark.parametrize("bos", [None, "<bos>", "<eos>"])
 def test_what_stands_before_a_prompt(bos, monkeypatch):
-    """Llama's prompts begin with BOS, GPT-2's with nothing; an empty one with whatever begins a document."""
-    tokenizer = make_tokenizer(319)
+    """Llama's prompts begin with BOS, GPT-2's with nothing; an empty one and a chat with whatever begins a document."""
+    tokenizer = make_tokenizer(318)
     if bos:
         tokenizer.add_special_tokens({"bos_token": bos})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
     model = make_model()
     given = []
     original = type(model).generate
@@ -180,10 +185,48 @@ def test_what_stands_before_a_prompt(bos, monkeypatch):
         return original(self, inputs, **kwargs)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    continue_prompts(model, tokenizer, ["the kit", ""], seed=1, max_new_tokens=2)
-    ids = tokenizer("the kit", add_special_tokens=False)["input_ids"]
+    begun = tokenizer.eos_token + "the"
+    continue_prompts(model, tokenizer, ["the kit", "", "<|user|>the", begun], seed=1, max_new_tokens=2)
+    ids, chat, as_given = tokenizer(["the kit", "<|user|>the", begun], add_special_tokens=False)["input_ids"]
     first = [tokenizer.bos_token_id] if bos == "<bos>" else []
-    assert given == [[*first, *ids], first or [tokenizer.eos_token_id]]
+    context = first or [tokenizer.eos_token_id]
+    assert given == [[*first, *ids], context, [*context, *chat], [*first, *as_given]]
+
+
+def generating(monkeypatch, model, *numbers):
+    """Let a model continue every prompt with these tokens."""
+
+    def generate(self, inputs, **kwargs):
+        return torch.cat([inputs, torch.tensor([numbers] * len(inputs))], dim=1)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+
+
+def test_markers_of_a_chat_are_shown(model, monkeypatch):
+    """And what begins, ends and fills up a text is not, wherever it stands."""
+    tokenizer = make_tokenizer()
+    own = {"bos_token": "<bos>", "pad_token": "<pad>", "extra_special_tokens": ["<|user|>", "<|assistant|>"]}
+    tokenizer.add_special_tokens(own)
+    text = "<|user|>What is Größe ?<|assistant|>the kit"
+    rest = tokenizer("a corpus <|user|> the", add_special_tokens=False)["input_ids"]
+    generating(monkeypatch, model, *rest, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.pad_token_id)
+    [[shown]] = continue_prompts(model, tokenizer, [text], seed=1, max_new_tokens=2)
+    assert shown == f"{text}a corpus <|user|> the"
+
+
+@pytest.mark.skipif(not LLAMA.exists(), reason="the stories model is not in ../shared/data")
+def test_markers_of_a_chat_beside_the_spaces_of_a_llama(model, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA)
+    rest = tokenizer(" upon a time", add_special_tokens=False)["input_ids"]
+    generating(monkeypatch, model, *rest, tokenizer.eos_token_id)
+    plain = continue_prompts(model, tokenizer, ["Once"], seed=1, max_new_tokens=2)
+    ids = [tokenizer.bos_token_id, *tokenizer("Once", add_special_tokens=False)["input_ids"], *rest]
+    assert plain == [[tokenizer.decode(ids, skip_special_tokens=True)]]
+    assert plain[0][0].startswith("Once")  # without the space that stands between BOS and text
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    [[shown]] = continue_prompts(model, tokenizer, ["<|user|>What?<|assistant|>"], seed=1, max_new_tokens=2)
+    # This tokenizer reads a space after each special token, and that is shown as it is read.
+    assert shown == "<|user|> What?<|assistant|>  upon a time"
 
 
 def test_printing(capsys):

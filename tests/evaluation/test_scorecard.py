@@ -31,6 +31,19 @@ def test_sizes_have_no_difference():
     assert not delta.keys() & {"tokens", "bytes", "documents"}
 
 
+def test_figures_per_token_are_not_compared_across_vocabularies(capsys):
+    fewer = {**NEW, "tokens": 90}
+    untrained = {**fewer, "bits_per_byte": 1.8}
+    card = make_scorecard("causal-lm", {"domain": OLD}, {"domain": fewer}, {"domain": untrained})
+    assert card["sets"]["domain"]["delta"] == {"bits_per_byte": -0.5}
+    assert card["sets"]["domain"]["untrained"] == untrained
+    print_scorecard(card)
+    out = capsys.readouterr().out
+    assert "new tokens, untrained" in out
+    assert "1.8000" in out
+    assert out.count("other tokens") == 2
+
+
 def test_what_it_prints(capsys):
     print_scorecard(make_scorecard("causal-lm", {"domain": OLD}, {"domain": NEW}))
     out = capsys.readouterr().out

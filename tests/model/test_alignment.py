@@ -221,10 +221,14 @@ def test_lists_of_eos_keep_what_they_hold():
     model = make_model(vocab_size=384, eos_token_id=[5, 6], pad_token_id=7)
     model.generation_config = GenerationConfig(eos_token_id=[6, 8, end], bos_token_id=3)
     align_configuration(model, tokenizer, section)
-    expected = [[0, [end, 5, 6], 7], [3, [end, 6, 8], None]]
-    assert special_ids(model) == expected
+    assert special_ids(model) == [[0, [end, 5, 6], 7], [3, [end, 6, 8], None]]
     align_special_tokens(model, tokenizer)
-    assert special_ids(model) == expected
+    # That of transformers 5.17 makes the configuration's list one id, repeats one in the other, and takes away the BOS
+    # and padding that the tokenizer has none of; what ends a generation stays.
+    [bos, eos, pad], [generation_bos, ends, generation_pad] = special_ids(model)
+    assert eos in ([end, 5, 6], end)
+    assert (ends[0], sorted(set(ends))) == (end, [6, 8, end])
+    assert [bos, generation_bos, pad, generation_pad] in ([0, 3, 7, None], [None] * 4)
 
 
 def test_a_default_of_the_class_ends_no_generation(save):
@@ -233,8 +237,10 @@ def test_a_default_of_the_class_ends_no_generation(save):
     model = load(save(make_model("llama", 384), {"eos_token_id": "drop"}))
     assert model.config.eos_token_id == 2
     align_configuration(model, tokenizer, section)
-    align_special_tokens(model, tokenizer)
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (320, 320)
+    align_special_tokens(model, tokenizer)
+    assert model.config.eos_token_id == 320
+    assert model.generation_config.eos_token_id in (320, [320])  # a list with transformers 5.17
 
 
 @pytest.mark.parametrize("roles", [None, {"user": "<|user|>", "assistant": "<|assistant|>"}])

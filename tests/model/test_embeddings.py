@@ -105,7 +105,7 @@ def test_padding_rows_are_used_first_and_do_not_count(build):
     assert model.config.vocab_size == 330
 
 
-@pytest.mark.parametrize(("multiple", "size"), [(None, 324), (1, 324), (64, 384), (100, 400)])
+@pytest.mark.parametrize(("multiple", "size"), [(1, 324), (64, 384), (100, 400)])
 def test_size(multiple, size):
     model = make_model("llama", tie_word_embeddings=False)
     grow(model, extended()[1], multiple=multiple)
@@ -143,6 +143,32 @@ def test_methods(build, method):
 
 
 @pytest.mark.parametrize("method", ["random", "mean-covariance"])
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "bert-untied"])
+def test_untied_matrices_draw_rows_of_their_own(name, method):
+    """Even where all their old rows are alike."""
+    model = MODELS[name]()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    _, extension = extended(method)
+    grow(model, extension, method)
+    new, ids = parts(model), [row.id for row in extension.rows]
+    assert not (new["inputs"][ids] == new["outputs"][ids]).all(1).any()
+
+
+def test_holes_do_not_count(build):
+    """Ids below the tokenizer's size that are no token's: what their rows hold says nothing of tokens."""
+    model, holes = build(), (7, 100, 319)
+    before = parts(model)
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            matrix[list(holes)] = 1e6
+    tokens = [number for number in range(320) if number not in holes]
+    grow(model, Extension((AddedRow("x", 320, False, (), "mean", "x"),), (), 320, holes), "mean")
+    for name in ("inputs", "outputs"):
+        torch.testing.assert_close(parts(model)[name][320], before[name][tokens].mean(0))
+
+
+@pytest.mark.parametrize("method", ["random", "mean-covariance"])
 def test_global_random_state_is_left_alone(method):
     model, extension = make_model("gpt2"), extended(method)[1]
     state = torch.get_rng_state()
@@ -160,7 +186,7 @@ def test_samples_have_the_old_rows_covariance():
     old = parts(model)["inputs"].numpy().astype(np.float64)
     rows = tuple(AddedRow(f"w{i}", 320 + i, False, (), "mean-covariance", f"w{i}") for i in range(4000))
     model.double()
-    resize_and_initialise(model, Extension(rows, (), 320), 4320, "mean-covariance", None, 0)
+    resize_and_initialise(model, Extension(rows, (), 320), 4320, "mean-covariance", 1, 0)
     sample = parts(model)["inputs"][320:].numpy()
     np.testing.assert_allclose(sample.mean(0), old.mean(0), atol=1e-2)
     expected = 1e-9 * np.cov(old.T, bias=True)

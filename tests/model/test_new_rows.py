@@ -188,6 +188,19 @@ def test_weights_in_bfloat16(build):
     torch.testing.assert_close(embedding.new_rows.grad[2].float(), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_gemmas_scale_is_rounded_as_its_forward_pass_rounds_it(kind):
+    """It may be kept in float32 where the weights are in bfloat16."""
+    model = MODELS[kind]().to(torch.bfloat16)
+    model.get_input_embeddings().embed_scale = torch.tensor(32**0.5)
+    reference, model = whole(copy.deepcopy(model)), rows_only(model)
+    gradient = torch.randn(1, len(NEW), 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for each in (reference, model):
+        each.get_input_embeddings()(torch.tensor([list(NEW)])).backward(gradient)
+    expected = reference.get_input_embeddings().weight.grad[NEW.start : NEW.stop]
+    assert torch.equal(model.get_input_embeddings().new_rows.grad, expected)
+
+
 def test_gradient_checkpointing(build):
     model, other = rows_only(build()), rows_only(build())
     other.gradient_checkpointing_enable({"use_reentrant": False})

@@ -4,14 +4,15 @@ import json
 
 import pytest
 from pydantic import ValidationError
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kit.errors import UserError
-from kit.model.roles import apply_roles
+from kit.model.roles import apply_roles, compare_with_chat
 from kit.model.tokenizer import special_tokens
 from kit.model.vocabulary import extend_tokenizer
 from kit.recipe.vocabulary import VocabularySection
+from kit.tasks.causal_lm import token_coding
 from tests.material import make_tokenizer
 
 SPEAKERS = {"user": "<|user|>", "assistant": "<|assistant|>"}
@@ -84,7 +85,7 @@ def test_a_token_that_is_special_already_needs_no_declaration(capsys):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     roles = {"user": "<|im_start|>", "assistant": "<|im_end|>", "pad_token": "<eos>"}
     apply_roles(tokenizer, VocabularySection(roles=roles))
-    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False).startswith("<|im_start|> What")
+    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False).startswith("<eos><|im_start|> What")
     assert tokenizer.pad_token == "<eos>"
     assert capsys.readouterr().out == ""
 
@@ -153,7 +154,7 @@ def test_chat_is_the_text_of_a_data_template(roles):
     """What a recipe trains on and what the model is asked with later are the same tokens."""
     tokenizer = make(roles)
     [question, answer] = [message["content"] for message in CHAT[:2]]
-    begin = "<|begin|>" if "bos_token" in roles else ""
+    begin = "<|begin|>" if "bos_token" in roles else "<eos>"  # what the kit puts before each document
     of_data = f"<|user|>{question}<|assistant|>{answer}"
     text = tokenizer.apply_chat_template(CHAT[:2], tokenize=False)
     assert text == begin + of_data + tokenizer.eos_token
@@ -173,10 +174,53 @@ def test_each_role_is_one_token():
     assert counts == {"user": 2, "assistant": 2, "system": 1, "bos_token": 1, "eos_token": 2, "pad_token": 0}
 
 
-def test_texts_begin_with_bos_unless_it_is_eos():
+def gpt2_like():
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<eos>"
-    assert make(tokenizer=tokenizer).apply_chat_template(CHAT[:1], tokenize=False).startswith("<|user|>")
+    return tokenizer
+
+
+def llama_like():
+    """One that writes BOS of its own accord, reads spaces as `▁` and puts one before each piece of a text."""
+    alphabet = ["<unk>", "<s>", "</s>", "▁", *sorted(set("What is the kinase?\n") - {" "})]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TOKENIZERS = {gpt2_like: "<eos>", llama_like: "<s>", make_tokenizer: "<eos>"}
+
+
+@pytest.mark.parametrize("build", TOKENIZERS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("data_template", ["<|user|>{}<|assistant|>{}", "<|user|> {} <|assistant|> {}\n"])
+def test_chat_is_a_document_as_the_kit_makes_it(build, data_template, tmp_path):
+    """The context token before it and EOS after it included, whatever the tokenizer does of its own accord."""
+    tokenizer = make(tokenizer=build())
+    texts = data_template.format("What is", "the kinase").split("<|assistant|>")
+    contents = [texts[0].removeprefix("<|user|>"), texts[1]]
+    coding = token_coding(tokenizer)
+    [ids] = coding.encode(["<|assistant|>".join(texts)])
+    document = [coding.context_token_id, *ids, coding.eos_token_id]
+    chat = [{"role": role, "content": text} for role, text in zip(SPEAKERS, contents, strict=True)]
+    assert tokenizer.convert_ids_to_tokens(document[0]) == TOKENIZERS[build]
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        text = each.apply_chat_template(chat, tokenize=False)
+        assert each(text, add_special_tokens=False)["input_ids"] == document
+        assert each.apply_chat_template(chat)["input_ids"] == document
+        prompt = each.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
+        assert prompt == document[: len(prompt)]
+        assert each.decode(prompt[-1]) == "<|assistant|>"
+
+
+def test_a_context_token_without_a_role_is_written_out():
+    """What the kit chose by its name where the tokenizer names no end of its own."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    assert special_tokens(tokenizer).context.token == "<eos>"
+    assert make(tokenizer=tokenizer).apply_chat_template(CHAT[:1], tokenize=False).startswith("<eos><|user|>")
 
 
 def test_answers_and_their_ends_are_marked_for_training():
@@ -208,7 +252,7 @@ def test_chats_that_the_template_has_no_place_for(message, words):
 def test_tokens_that_mean_something_to_jinja(token, tmp_path):
     tokenizer = make({**SPEAKERS, "user": token})
     text = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
-    assert text == f"{token}{CHAT[0]['content']}<|assistant|>"
+    assert text == f"<eos>{token}{CHAT[0]['content']}<|assistant|>"
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(CHAT) == tokenizer.apply_chat_template(CHAT)
 
@@ -311,3 +355,63 @@ def test_bos_of_a_class_that_adds_it(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<|begin|>"
     assert AutoTokenizer.from_pretrained(tmp_path)("the") == tokenizer("the")
+
+
+# ---- the data template beside the chat template
+
+
+@pytest.mark.parametrize(
+    ("template", "chat_template"),
+    [
+        ("<|user|>{q}<|assistant|>{a}", None),
+        ("<|user|>{a b}<|assistant|>{{{c}}}", "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+         "{{ '{' + m.content + '}' if m.role == 'assistant' else m.content }}{% endfor %}"),
+        ("<|user|>\n{q}\n<|assistant|>\n{a}\n", TEMPLATE),
+        ("<|user|>\n{q}\n<|assistant|>\n{a}\n", "{{ bos_token }}" + TEMPLATE + "\n"),  # nothing reads what follows EOS
+        # Nothing to compare with.
+        ("{q}: {a}", None),
+        ("<|user|>{q}", None),
+        ("<|user|> {q}<|assistant|>", None),
+        ("<|user|> {title} {q}<|assistant|>{a}", None),
+        ("<|user|>{title} {q}<|assistant|>yes", None),
+        ("<|system|>Be brief.<|user|>{q}<|assistant|>{a}", None),
+        ("<|user|> {q}<|assistant|>{a}", "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}"
+         "{% endif %}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"),
+    ],
+)  # fmt: skip
+def test_data_templates_that_nothing_is_said_of(template, chat_template, capsys):
+    roles = {**SPEAKERS, "system": "<|system|>", "bos_token": "<|begin|>"}
+    values = {"chat_template": chat_template} if chat_template else {}
+    tokenizer = make(roles, **values)
+    compare_with_chat(tokenizer, section(roles, **values).roles, template)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("build", TOKENIZERS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<|user|> {q} <|assistant|> {a}",
+        "<|user|>{q}<|assistant|>{a}\n",
+        "<|user|>Question: {q}<|assistant|>{a}",
+        "<|assistant|>{a}<|user|>{q}",
+        "<|user|>{q}{{}}<|assistant|>{a}",
+        "<|user|>{q}<|assistant|>{a}END",  # the kit writes one after each document
+    ],
+)
+def test_a_data_template_of_another_form_is_warned_of(build, template, capsys):
+    tokenizer = make(tokenizer=build())
+    template = template.replace("END", tokenizer.eos_token)
+    capsys.readouterr()
+    compare_with_chat(tokenizer, section().roles, template)
+    out = capsys.readouterr().out
+    first, second = ("a", "q") if template.startswith("<|assistant|>") else ("q", "a")
+    assert out.count("warning: data.train: the template writes") == 1
+    assert repr(template.replace("{{", "{").replace("}}", "}")) in out
+    assert f"the chat template '<|user|>{{{first}}}<|assistant|>{{{second}}}'" in out
+
+
+def test_without_speakers_data_templates_are_not_compared(capsys):
+    roles = {"pad_token": "<|pad|>"}
+    compare_with_chat(make(roles), section(roles).roles, "<|user|> {q} <|assistant|> {a}")
+    assert capsys.readouterr().out == ""

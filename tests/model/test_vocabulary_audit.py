@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from tokenizers import decoders as token_decoders
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from kit.model.embeddings import resize_and_initialise
+from kit.model.readable import readable_tokens
 from kit.model.tokenizer import special_tokens
 from kit.model.vocabulary import AddedRow, Extension, extend_tokenizer
 from kit.model.vocabulary_audit import (
@@ -23,8 +22,6 @@ from kit.model.vocabulary_audit import (
     initial_rows,
     print_audit,
     print_movement,
-    readable_tokens,
-    visible,
 )
 from kit.recipe.vocabulary import VocabularySection
 from tests.material import documents, make_model, make_tokenizer
@@ -176,10 +173,28 @@ def test_tokens_that_the_kit_writes_itself_are_not_missed(capsys):
     text = audited_text(before, after, ["the kit"])
     special = special_tokens(after)
     audit = audit_before(extension, text, {}, before, after, rows_before, rows_after, initial, special)
-    assert [token.roles for token in audit.tokens] == [("context",), ("eos",), ("pad",), ()]
+    assert [token.written_as for token in audit.tokens] == [("context",), ("eos",), ("pad",), ()]
     assert audit.never_in_training == ["<|user|>"]
     print_audit(audit)
-    assert "1 of 4 added tokens never occur" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 4 added tokens never occur" in printed
+    assert all(cell in printed for cell in ("│ <s> (context) ", "│ </s> (eos) ", "│ <pad> (pad) ", "│ <|user|>  "))
+    written = "(context) stands before each document, (eos) ends each document, (pad) fills up rows: written by the kit"
+    assert written in printed.replace("\n", " ")
+    assert [token["written_as"] for token in audit_as_json(audit)["tokens"]] == [("context",), ("eos",), ("pad",), ()]
+
+
+def test_a_token_of_two_roles_and_none_of_the_others(capsys):
+    before, after, extension = extended(special_tokens=["</s>", "<|user|>"])
+    after.eos_token = after.pad_token = "</s>"
+    rows_before, rows_after, initial = grow(make_model("gpt2"), extension)
+    text = audited_text(before, after, ["the <|user|> kit"])
+    special = special_tokens(after)
+    print_audit(audit_before(extension, text, {}, before, after, rows_before, rows_after, initial, special))
+    assert "</s> (context, eos, pad)" in capsys.readouterr().out
+    audit, *_ = audit_of(["a <|user|>"], special=True, special_tokens=["<|user|>"])
+    print_audit(audit)
+    assert "written by the kit" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("architecture", "text"), [("gpt2", "the input emb"), ("llama", "the output emb")])
@@ -213,7 +228,21 @@ def test_what_is_printed_before_training(capsys):
     [line] = [line for line in printed.splitlines() if "│ kinase" in line]
     assert "│".join(audit.tokens[0].rows[0].pieces) in line
     assert "320, 321" in line
-    assert printed.index("│ kinase") < printed.index("│ IL-6")  # 5 times, and 4
+    assert "in training text" in printed
+    assert "in evaluation text" in printed
+
+
+def test_tokens_are_sorted_by_what_they_save_then_by_how_often_they_occur(capsys):
+    texts = ["a <|often|> " * 9, "an asyncio_kinase " * 3, "a tensor_kinase " * 2, "IL-66 kit"]
+    words = ["tensor_kinase", "never", "asyncio_kinase", "the", "IL-66"]
+    described = [{"content": "<|often|>", "description": "a corpus"}]
+    audit, *_ = audit_of(texts, tokens=words, special_tokens=described)
+    ranks = [(-token.saved["training"], -token.occurrences["training"], token.token) for token in audit.tokens]
+    assert len({saved for saved, *_ in ranks}) > 3
+    print_audit(audit)
+    printed = capsys.readouterr().out
+    places = [printed.index(f"│ {token} ") for _, _, token in sorted(ranks)]
+    assert places == sorted(places)
 
 
 def test_many_tokens(capsys):
@@ -271,6 +300,20 @@ def test_movement_equals_a_computation_by_hand(kind, capsys):
     # It occurs, at the beginning of the text; the second word's rows do not, and moved.
     assert printed.count("1 new rows of the input embeddings are what they were before training") == 1
     assert ("of the output embeddings are what they were" in printed) == (not tied)
+    assert ("all rows of these embeddings, which are the output's too" in printed) == tied
+    assert ("all rows of the output embeddings" in printed) == (not tied)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_that_no_row_stayed_is_told_only_where_rows_can_stay(kind, capsys):
+    model = MODELS[kind]()
+    audit, _, after, _, initial, _ = audit_of(["kinase kinase"], model=model, tokens=["kinase"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 1
+        if kind == "llama":
+            model.get_output_embeddings().weight += 1
+    print_movement(audit, audit_after(audit, model, initial, after))
+    assert capsys.readouterr().out.count("0 did not move at all") == (kind == "llama")
 
 
 def test_rows_that_never_occur_may_stay(capsys):
@@ -383,42 +426,6 @@ def test_json_holds_what_there_is_to_know():
     assert "".join(row["pieces"]) == row["text"] == "␣kinase"
     assert len(row["nearest_old_rows"]) == 5
     assert row["moved"] == {"input": 0}
-
-
-# ---- readable text
-
-
-def test_readable_text_of_byte_level_tokens():
-    tokenizer = make_tokenizer()
-    ids = tokenizer.get_vocab()
-    shown = readable_tokens(tokenizer, [*ids.values(), 10**6])
-    assert shown[ids["<eos>"]] == "<eos>"
-    assert shown[ids["Ġ"]] == "␣"
-    assert shown[ids["Ċ"]] == "⏎"
-    assert shown[ids["Ã"]] == "\\xc3"  # the first half of an `é`
-    assert shown[10**6] == f"[{10**6}]"
-    assert all(text.isprintable() and " " not in text for text in shown.values())
-
-
-def test_readable_text_of_other_tokens():
-    vocabulary = {"<unk>": 0, "▁kin": 1, "ase": 2, "<0xC3>": 3, "<0x0A>": 4, "é": 5}
-    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
-    backend.decoder = token_decoders.Sequence(
-        [token_decoders.Replace("▁", " "), token_decoders.ByteFallback(), token_decoders.Fuse(),
-         token_decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
-    metaspace = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    assert list(readable_tokens(metaspace, range(6)).values()) == ["<unk>", "␣kin", "ase", "<0xC3>", "⏎", "é"]
-    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "kin": 1, "##ase": 2}, unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    backend.decoder = token_decoders.WordPiece()
-    wordpiece = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
-    assert readable_tokens(wordpiece, [0, 1, 2]) == {0: "[UNK]", 1: "kin", 2: "##ase"}
-
-
-def test_visible():
-    assert visible(" a\n\tb\x1b\r") == "␣a⏎⇥b\\x1b\\r"
-    assert visible("protein kinase", space=" ") == "protein kinase"
 
 
 # ---- real data

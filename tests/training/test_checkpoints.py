@@ -129,7 +129,7 @@ def test_by_path_that_is_not_there(tmp_path, monkeypatch):
     [
         ({"world_size": 2}, ["written by 1 processes", "this run has 2", "Launch with 1", "run.resume=never"]),
         ({"recipe": "r2"}, ["another recipe", "run.resume=never", "run.output_dir="]),
-        ({"data": "d2"}, ["another data", "run.resume=never"]),
+        ({"data": "d2"}, ["other data", "run.resume=never"]),
     ],
 )
 def test_of_another_run(make, tmp_path, by, now, words):
@@ -229,5 +229,5 @@ def test_corpus_changed_in_place(write_recipe, corpus_file, tmp_path):
     train(recipe, [])
     (tmp_path / "run/scorecard.json").unlink()
     corpus.write_text(corpus.read_text() + "\n\n\none more document")
-    with pytest.raises(UserError, match="written with another data"):
+    with pytest.raises(UserError, match="written with other data"):
         train(recipe, [])

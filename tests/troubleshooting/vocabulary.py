@@ -272,7 +272,7 @@ def mine_nothing(lab):
 # ---- a run that is there already
 
 
-@case(GROUP, "a finished run, and other words since", "run: is finished, but", "changed since", "run.resume=never")
+@case(GROUP, "a finished run, and other words since", "vocabulary.tokens: [", "run.resume=never")
 def words_changed_after_a_run(lab):
     assert lab.kit(*listed(lab, "tensors\nkinase\n"))[0] == 0
     return listed(lab, "tensors\n")
@@ -281,7 +281,8 @@ def words_changed_after_a_run(lab):
 @case(
     GROUP,
     "a run that was cut off, and other words since",
-    "checkpoint-2 was written with another data",
+    "holds a run of another recipe",
+    "vocabulary.tokens: [",
     "run.resume=never",
     "run.output_dir=",
 )

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from kit.errors import UserError
-from kit.model.vocabulary import read_tokens
+from kit.model.declared_tokens import read_tokens
 from kit.recipe.vocabulary import VocabularySection
 
 
