@@ -278,25 +278,6 @@ def words_changed_after_a_run(lab):
     return listed(lab, "tensors\n")
 
 
-@case(
-    GROUP,
-    "a run that was cut off, and other words since",
-    "holds a run of another recipe",
-    "vocabulary.tokens: [",
-    "run.resume=never",
-    "run.output_dir=",
-)
-def words_changed_within_a_run(lab):
-    def recipe(content):
-        lab.write("words.txt", content)
-        vocabulary = {"tokens": {"from_file": "words.txt"}}
-        return lab.recipe(vocabulary=vocabulary, training={"save_strategy": "steps", "save_steps": 1})
-
-    assert lab.kit(*recipe("tensors\nkinase\n"))[0] == 0
-    Path("run/scorecard.json").unlink()
-    return recipe("tensors\n")
-
-
 @case(GROUP, "a word less in the recipe of a run", "run: holds a run of another recipe", "vocabulary.tokens", "kinase")
 def word_removed_from_a_run(lab):
     assert lab.kit(*tokens(lab, "tensors", "kinase"))[0] == 0
