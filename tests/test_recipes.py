@@ -144,7 +144,7 @@ def vocabulary_overrides(recipe, folder):
         return {}
     path = folder / "words.txt"
     path.write_text("checkpoint\nscheduler    # 5 times\nreturns\n", encoding="utf-8")
-    return {"vocabulary.tokens.from_file": path}
+    return {"vocabulary.tokens": f"{{from_file: {path}}}"}
 
 
 def flat(text):
