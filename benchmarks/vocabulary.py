@@ -4,7 +4,8 @@
 
 Mines the words of the domain that save the most tokens, then trains the base model as it is and extended by them, each
 initialisation with several seeds, each run for as many steps of as many tokens. By default base and text are those of
-`make demo`. Writes benchmarks/results/vocabulary.json, and prints the table that docs/vocabulary.md shows.
+`make demo`, which has to have run. Writes benchmarks/results/vocabulary.json, and prints the table that
+docs/vocabulary.md shows.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 METHODS = ("subword-mean", "mean", "mean-covariance", "random", "zeros")
 DEMO_CORPUS = {"builtin": "docstrings", "packages": ["accelerate", "datasets", "huggingface_hub", "numpy", "peft"]}
+_PLACES = ("base", "corpus", "general", "work", "output")  # of this machine
 DEMO_GENERAL = {"builtin": "python-reference", "fraction": 0.03}
 
 
@@ -41,8 +43,8 @@ def main() -> None:
         for method in METHODS:
             runs[method, seed] = run(recipe, work, method, seed, words)
     result = summarise(options, runs)
-    path = ROOT / "benchmarks/results/vocabulary.json"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(result))
 
@@ -59,6 +61,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--documents", type=int, default=12, help="of an evaluation set")
+    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/vocabulary.json"))
     parser.add_argument("--work", default="runs/benchmark_vocabulary", help="where the runs go; finished ones are kept")
     return parser.parse_args()
 
@@ -129,8 +132,8 @@ def summarise(options: argparse.Namespace, runs: dict[tuple[str, int], dict[str,
     return {
         "variants": variants,
         "audit": {name: audit[name] for name in ("texts", "embedding_rows", "never_in_training")},
-        "options": {name: value for name, value in vars(options).items() if name not in ("base", "corpus", "general")},
-        "base": Path(options.base).name,
+        "options": {name: value for name, value in vars(options).items() if name not in _PLACES},
+        "base": Path(options.base).absolute().parts[-2 if Path(options.base).name == "model" else -1],
         "corpus": Path(options.corpus).parent.name if options.corpus else "docstrings",
         "python": platform.python_version(),
         "torch": torch.__version__,
