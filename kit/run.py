@@ -25,13 +25,13 @@ from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
 from kit.files import build_once, hash_values, make_folder, read_json, read_seal, write_json
 from kit.model.declared_tokens import with_tokens_read
-from kit.model.freezing import apply_freezing, count_parameters
+from kit.model.freezing import count_parameters
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import describe_special_tokens, tokenizer_key
 from kit.model.vocabulary import Extension
 from kit.model.vocabulary_audit import print_audit
-from kit.recipe.loading import dump_recipe, load_recipe, recipe_fingerprint
+from kit.recipe.loading import dump_recipe, load_recipe, overrides_for_model, recipe_fingerprint
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
 from kit.tracking import WandbTracker, tracked
@@ -40,8 +40,10 @@ from kit.training.arguments import make_training_arguments
 from kit.training.attempt import attempt, holding
 from kit.training.callbacks.display import Display
 from kit.training.callbacks.metrics_log import MetricsLog
+from kit.training.callbacks.unfreezing import Unfreezing
 from kit.training.checkpoints import choose_checkpoint, discard_after
 from kit.training.earlier_run import check_same_recipe, effective_resume, inputs_key, is_finished
+from kit.training.freezing import FreezingPlan, check_frozen, fingerprint_frozen, make_plan, plan_as_rows, print_plan
 from kit.training.memory import out_of_memory_explained
 from kit.training.plan import plan_steps
 from kit.training.preemption import Preemption
@@ -127,7 +129,7 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
         if not directory.model.is_dir():
             raise UserError(f"{target}: no finished run (it has no model/); expected a run directory or a recipe file")
         model = str(directory.model)
-    recipe = load_recipe(recipe_path, [*overrides, *(_instead_of_its_model(model) if model else [])])
+    recipe = load_recipe(recipe_path, [*overrides, *(overrides_for_model(model) if model else [])])
     if recipe.vocabulary and not model:
         say("measured is the base model, with its own tokens: the recipe's `vocabulary` is added when it trains")
     recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None})
@@ -166,6 +168,7 @@ class Run:
     base: Base | None = None
     added: AddedTokens | None = None
     untrained: Mapping[str, Figures] = field(default_factory=dict)
+    plan: FreezingPlan | None = None
 
     def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
         """Return the model's figures on every evaluation set."""
@@ -249,11 +252,12 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
             untrained = _measure_once(run, "extended", run.recipe.vocabulary.model_dump(), run.args.seed)["figures"]
             report_untrained(before, untrained)
         new_ids = [row.id for row in run.extension.rows]
-    apply_freezing(run.model, run.recipe.freezing, new_ids)
-    if run.recipe.freezing:
-        total, trainable = count_parameters(run.model)
-        say(f"freezing: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
-    run = dataclasses.replace(run, added=added, untrained=untrained)
+    plan = make_plan(run.model, run.recipe.freezing, new_ids, plan_steps(len(run.corpus.rows), run.args))
+    if plan:
+        print_plan(run.model, plan, run.args)
+        if run.directory and is_main_process():
+            write_json(run.directory.freezing, plan_as_rows(run.model, plan, run.args))
+    run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan)
     if added and run.directory and is_main_process():
         save_audit(added, run.directory.vocabulary, untrained)
     return run
@@ -295,7 +299,8 @@ def run_training(
     fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key, "model": run.model_key}
     checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
     say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
-    callbacks = [MetricsLog(directory.metrics), *watchers]
+    unfreezing = Unfreezing(run.plan.phases) if run.plan else None
+    callbacks = [MetricsLog(directory.metrics), *([unfreezing] if unfreezing else []), *watchers]
     if recipe.run.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.run.early_stopping.patience, recipe.run.early_stopping.threshold))
     if tracker:
@@ -313,16 +318,22 @@ def run_training(
         measure=run.measure,
         preemption=preemption,
         fingerprints=fingerprints,
+        plan=run.plan,
     )
     # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
     # loads the model; the kit passes `use_cache` with every call instead.
     run.model.config.use_cache = use_cache
     display = Display(lambda: float(trainer.weight_seen), tells_end=not watchers)
     trainer.add_callback(display)
+    frozen = fingerprint_frozen(run.model, run.plan) if run.plan else {}
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         display.close()
+        if unfreezing:
+            unfreezing.close()
+    if frozen:
+        say(f"frozen: {check_frozen(run.model, run.plan, frozen):,} tensors, bit for bit as they were before training")
     # Takes accelerate's autocast off the model's forward again.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer.final_figures()
@@ -374,17 +385,3 @@ def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
     checkpoint = choose_checkpoint(run.recipe.run.resume, checkpoints, run.args.world_size, fingerprints)
     discard_after(checkpoint, checkpoints)
     return checkpoint
-
-
-def _instead_of_its_model(path: str) -> list[str]:
-    """Return the overrides that put another model, with its own tokenizer, in the place of a recipe's."""
-    quoted = "'" + path.replace("'", "''") + "'"
-    others = (
-        "from_config=null",
-        "tokenizer=null",
-        "eos_token=null",
-        "config={}",
-        "revision=null",
-        "trust_remote_code=false",
-    )
-    return [f"model.name_or_path={quoted}", *(f"model.{other}" for other in others)]

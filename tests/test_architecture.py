@@ -93,6 +93,7 @@ def test_recipe_keys_change_deliberately():
         "path dataset config split revision builtin packages format encoding sample_by separator delimiter quoting "
         "column_names text_column template on_bad_text min_characters max_characters max_documents max_tokens"
     )
+    parts = "embeddings position_embeddings first_blocks last_blocks final_norm head biases norms patterns"
     sections = {
         models: {
             "Recipe": "task model data vocabulary freezing training evaluation run tracking",
@@ -125,8 +126,11 @@ def test_recipe_keys_change_deliberately():
             "VocabularySection": "special_tokens tokens roles chat_template initialize pad_to_multiple_of",
         },
         freezing: {
-            "TrainableParts": "new_tokens embeddings last_blocks",
-            "FreezingSection": "trainable",
+            "Parts": parts,
+            "TrainableParts": f"{parts} new_tokens",
+            "PhaseSection": "epoch step fraction trainable warmup_steps",
+            "GroupSection": "parts learning_rate weight_decay",
+            "FreezingSection": "trainable frozen schedule layer_decay groups",
         },
     }
     for module, expected in sections.items():

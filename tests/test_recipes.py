@@ -52,6 +52,8 @@ def test_the_sweep_sees_every_file():
         "text/lm_gpt2-medium_checkpointing.yaml",
         "text/lm_gpt2-xl_checkpointing.yaml",
         "text/lm_gpt2_full.yaml",
+        "text/lm_gpt2_gradual.yaml",
+        "text/lm_gpt2_layer-decay.yaml",
         "text/lm_gpt2_scratch.yaml",
         "text/lm_gpt2_words.yaml",
         "text/lm_qwen3_full.yaml",
@@ -70,8 +72,10 @@ def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkey
         "data.store_dir": tmp_path / "store",
         "run.output_dir": tmp_path / "run",
     }
-    overrides["training.max_steps"] = 1 if recipe.training.get("gradient_accumulation_steps", 1) > 32 else 2
-    if "num_train_epochs" in recipe.training:
+    in_epochs = recipe.freezing is not None and bool(recipe.freezing.schedule)  # its phases need them all
+    if not in_epochs:
+        overrides["training.max_steps"] = 1 if recipe.training.get("gradient_accumulation_steps", 1) > 32 else 2
+    if "num_train_epochs" in recipe.training and not in_epochs:
         overrides["training.num_train_epochs"] = "null"
     trainers = []
 

@@ -66,6 +66,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe.model_copy(update={"training": checked}) if "training" in recipe.model_fields_set else recipe
 
 
+def overrides_for_model(path: str) -> list[str]:
+    """Return the overrides that put another model, with its own tokenizer, in the place of a recipe's."""
+    quoted = "'" + path.replace("'", "''") + "'"
+    others = (
+        "from_config=null",
+        "tokenizer=null",
+        "eos_token=null",
+        "config={}",
+        "revision=null",
+        "trust_remote_code=false",
+    )
+    return [f"model.name_or_path={quoted}", *(f"model.{other}" for other in others)]
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML with its defaults written out, so that later defaults do not change the run.
 

@@ -209,12 +209,14 @@ class Recipe(Section):
         if self.freezing is None:
             return self
         adds = self.vocabulary is not None and (self.vocabulary.special_tokens or self.vocabulary.tokens)
-        if adds and not self.freezing.trainable.trains_new_tokens:
+        freezing = self.freezing
+        key = next((name for name in ("frozen", "trainable", "schedule") if getattr(freezing, name)), None)
+        if adds and key and not (freezing.new_tokens or freezing.may_train_embeddings):
             raise ValueError(
-                "freezing.trainable freezes the embeddings: the tokens that `vocabulary` adds would never learn; "
-                "set `freezing.trainable.new_tokens: true`"
+                f"freezing.{key} freezes the embeddings: the tokens that `vocabulary` adds would never learn; set "
+                f"`freezing.trainable.new_tokens: true`"
             )
-        if self.freezing.trainable.new_tokens and not adds:
+        if freezing.new_tokens and not adds:
             raise ValueError("freezing.trainable.new_tokens there are none: `vocabulary` adds no token")
         return self
 

@@ -38,8 +38,10 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": values.get("report_to", "none"),
-        # Every parameter gets a gradient, so DDP need not search for ones that do not.
-        "ddp_find_unused_parameters": values.get("ddp_find_unused_parameters", False),
+        # Every parameter gets a gradient, so DDP need not search for ones that do not; but for those of later phases.
+        "ddp_find_unused_parameters": values.get(
+            "ddp_find_unused_parameters", bool(recipe.freezing and recipe.freezing.schedule)
+        ),
     }
     if recipe.run.early_stopping:
         # EarlyStoppingCallback counts its patience in memory; only this makes Trainer restore the count.

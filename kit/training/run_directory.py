@@ -46,6 +46,7 @@ class RunDirectory:
         self.recipe = self.path / "recipe.yaml"
         self.ledger = self.path / "ledger.json"
         self.vocabulary = self.path / "vocabulary.json"
+        self.freezing = self.path / "freezing.json"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.json"
         self.scorecard = self.path / "scorecard.json"
@@ -101,7 +102,7 @@ class RunDirectory:
     def _refuse_foreign_folder(self) -> None:
         """Refuse a folder with anything in it that is not a run's: what it holds would be replaced or moved."""
         foreign = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
-        foreign -= {self.ledger.name, self.vocabulary.name}  # of `kit prepare`
+        foreign -= {self.ledger.name, self.vocabulary.name, self.freezing.name}  # of `kit prepare`
         if foreign and not self.manifest.is_file():
             listed = ", ".join(sorted(foreign)[:5])
             raise RunDirectoryInUse(

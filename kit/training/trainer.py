@@ -18,6 +18,8 @@ from kit.errors import UserError
 from kit.files import is_sealed, read_json, read_seal, write_json
 from kit.model.new_rows import is_new_rows
 from kit.training.checkpoints import complete_checkpoint
+from kit.training.freezing import FreezingPlan
+from kit.training.parameter_groups import make_optimizer, with_rewarmup
 from kit.training.preemption import Preempted, Preemption
 from kit.training.topology import any_process, barrier, sum_over_processes
 
@@ -38,6 +40,7 @@ class KitTrainer(Trainer):
         measure: evaluates the model on every set of the recipe; takes a function to call between batches.
         preemption: where a SIGTERM is noticed.
         fingerprints: of recipe and data, stored with each checkpoint.
+        plan: of `freezing`, if the recipe has one.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class KitTrainer(Trainer):
         measure: Callable[[Callable[[], None]], dict[str, dict[str, float]]],
         preemption: Preemption,
         fingerprints: dict[str, str],
+        plan: FreezingPlan | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up; the remaining arguments are Trainer's."""
@@ -55,6 +59,7 @@ class KitTrainer(Trainer):
         self.measure = measure
         self.preemption = preemption
         self.fingerprints = fingerprints
+        self.plan = plan
         # `compute_loss` normalises over the whole global batch, so nothing is left to divide: this says so to
         # transformers 5.23, and the next line to versions before it.
         self.loss_is_scaled_for_ga = True
@@ -100,6 +105,26 @@ class KitTrainer(Trainer):
         Trainer takes them for weights like others, and decay would shrink rows that seldom occur to zero.
         """
         return [name for name in super().get_decay_parameter_names(model) if not is_new_rows(name)]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer with all that trains in any phase of the plan, each at its rate.
+
+        Trainer leaves out what does not require grad at this moment, which then never trains, whatever is unfrozen.
+        """
+        if self.optimizer is None and self.plan:
+            model = self.model if model is None else model
+            groups = self.plan.groups(model, set(self.get_decay_parameter_names(model)), self.args)
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = make_optimizer(groups, *chosen)
+        return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the scheduler, with the warmup of each phase of the plan."""
+        if self.lr_scheduler is None and self.plan:
+            self.lr_scheduler = with_rewarmup(super().create_scheduler(num_training_steps, optimizer), self.plan.phases)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- Loss ----
 

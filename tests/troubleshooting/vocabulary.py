@@ -230,7 +230,7 @@ def no_token_is_new(lab):
     return lab.recipe(vocabulary={"tokens": ["the"]}, freezing={"trainable": {"new_tokens": True}})
 
 
-@case(GROUP, "nothing that trains", "recipe.yaml:19: freezing:", "names no part", "everything would be frozen")
+@case(GROUP, "nothing that trains", "recipe.yaml:19: freezing:", "`trainable` names no part")
 def nothing_trains(lab):
     return lab.recipe(freezing={"trainable": {"new_tokens": False}})
 
@@ -238,6 +238,39 @@ def nothing_trains(lab):
 @case(GROUP, "more blocks than the model has", "freezing.trainable.last_blocks: found 9", "at most 2")
 def too_many_blocks(lab):
     return lab.recipe(freezing={"trainable": {"last_blocks": 9}})
+
+
+@case(GROUP, "all that is frozen", "freezing.frozen: everything would be frozen")
+def all_frozen(lab):
+    return lab.recipe(freezing={"frozen": {"patterns": [".*"]}})
+
+
+@case(
+    GROUP,
+    "a pattern that matches no parameter",
+    "freezing.trainable.patterns",
+    "no parameter of",
+    "the nearest name is",
+)
+def pattern_without_match(lab):
+    return lab.recipe(freezing={"trainable": {"patterns": ["transformer.h.7.*"]}})
+
+
+@case(GROUP, "a pattern that is no regular expression", "freezing.trainable.patterns", "is no regular expression")
+def pattern_that_is_none(lab):
+    return lab.recipe(freezing={"trainable": {"patterns": ["h.(1"]}})
+
+
+@case(GROUP, "a phase after the end of training", "freezing.schedule.1.epoch: found 50", "the run ends after 2")
+def phase_after_the_end(lab):
+    first = {"trainable": {"final_norm": True}}
+    return lab.recipe(freezing={"schedule": [first, {"epoch": 50, "trainable": "all"}]})
+
+
+@case(GROUP, "phases out of order", "recipe.yaml:19: freezing:", "begin at [2.0, 1.0]", "later than the one before")
+def phases_out_of_order(lab):
+    parts = [{"trainable": {"final_norm": True}}, {"epoch": 2, "trainable": {"last_blocks": 1}}]
+    return lab.recipe(freezing={"schedule": [*parts, {"epoch": 1, "trainable": "all"}]})
 
 
 # ---- mining
