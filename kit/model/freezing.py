@@ -14,22 +14,20 @@ def check_freezing(section: FreezingSection | None, args: TrainingArguments) -> 
     """Check that what a recipe wants frozen goes together with how its training is spread over devices.
 
     Raises:
-        UserError: rows of new tokens are to train alone in a model that FSDP or DeepSpeed cuts into shards.
+        UserError: FSDP or DeepSpeed cuts parameters into shards, of which a plan by names has not been tried.
     """
-    if section is None or not (section.new_tokens or section.schedule):
+    if section is None:
         return
     sharding = {
         "FSDP": args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
         "DeepSpeed": args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
     }
     for name, used in sharding.items():
-        if used and section.new_tokens:
-            raise UserError(
-                f"freezing.trainable.new_tokens: rows cannot train alone in matrices that {name} cuts into shards; "
-                f"`freezing.trainable.embeddings: true` trains the whole matrices, which works there"
-            )
         if used:
-            raise UserError(f"freezing.schedule: parameters that {name} cuts into shards cannot be unfrozen on the way")
+            raise UserError(
+                f"freezing: not with {name}, which cuts parameters into shards: what is frozen, or trains at a rate of "
+                f"its own, could not be followed and proven there; leave out one of the two"
+            )
 
 
 def check_blocks(section: FreezingSection | None, config: PreTrainedConfig) -> None:

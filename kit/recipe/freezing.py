@@ -109,10 +109,9 @@ class FreezingSection(Section):
     """Parts with a learning rate or weight decay of their own; of two that set the same the later one counts."""
 
     @property
-    def all_trainable(self) -> list[TrainableParts]:
-        """The parts of `trainable` and of each phase; none where a phase trains all."""
-        phases = [phase.trainable for phase in self.schedule]
-        return [] if "all" in phases else [*([self.trainable] if self.trainable else []), *phases]
+    def all_trainable(self) -> list[TrainableParts | str]:
+        """The parts of `trainable` and of each phase, which may be `all`."""
+        return [*([self.trainable] if self.trainable else []), *(phase.trainable for phase in self.schedule)]
 
     def named_parts(self) -> list[tuple[str, Parts]]:
         """Return all parts that the section names, with their keys in it."""
@@ -124,7 +123,7 @@ class FreezingSection(Section):
     @property
     def new_tokens(self) -> bool:
         """Whether the rows of added tokens train alone."""
-        return any(parts.new_tokens for parts in self.all_trainable)
+        return any(parts != "all" and parts.new_tokens for parts in self.all_trainable)
 
     @property
     def may_train_embeddings(self) -> bool:
@@ -132,7 +131,7 @@ class FreezingSection(Section):
         if self.frozen is not None:
             return not self.frozen.embeddings
         listed = self.all_trainable
-        return not listed or any(parts.embeddings or parts.head or parts.patterns for parts in listed)
+        return not listed or any(p == "all" or p.embeddings or p.head or p.patterns for p in listed)
 
     @model_validator(mode="after")
     def _one_way(self) -> "FreezingSection":
@@ -149,9 +148,21 @@ class FreezingSection(Section):
                 )
         if self.schedule and (self.trainable is not None or self.frozen is not None):
             raise ValueError("`schedule` says what trains in each phase: `trainable` and `frozen` do not go with it")
-        if not self.written():
+        if not any(getattr(self, name) not in (None, ()) for name in type(self).model_fields):
             raise ValueError(
                 "`freezing` says nothing: give `trainable`, `frozen`, `schedule`, `layer_decay` or `groups`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_or_matrix(self) -> "FreezingSection":
+        parts = self.all_trainable
+        whole = any(p == "all" or p.embeddings or p.head for p in parts)
+        whole = whole or (self.frozen is not None and not (self.frozen.embeddings or self.frozen.patterns))
+        if self.new_tokens and whole:
+            raise ValueError(
+                "`new_tokens` trains rows of matrices that are frozen but for them; where `embeddings`, `head` or all "
+                "trains, the rows train with it: leave out `new_tokens`"
             )
         return self
 

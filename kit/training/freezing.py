@@ -82,6 +82,9 @@ def make_plan(
         GroupRule(_names(model, g.parts, f"freezing.groups.{i}.parts"), g.learning_rate, g.weight_decay)
         for i, g in enumerate(section.groups)
     ]
+    if new_ids and not section.new_tokens:
+        _check_new_tokens_learn(model, phases)
+    _check_groups(rules)
     for number, rule in enumerate(rules):
         if not rule.names & ever_trained(phases):
             raise UserError(f"freezing.groups.{number}.parts: nothing of it trains in any phase")
@@ -119,7 +122,7 @@ def _start(wanted: PhaseSection, steps: StepPlan, key: str, earlier: Sequence[Ph
         return 0
     name, value = wanted.start
     start = {"epoch": value * steps.steps_per_epoch, "step": value, "fraction": value * steps.steps}[name]
-    start = math.ceil(start)
+    start = math.ceil(round(start, 6))  # 0.55 × 100 is 55.000000000000007
     if start >= steps.steps:
         raise UserError(f"{key}.{name}: found {value:g}, which is step {start:,}; the run ends after {steps.steps:,}")
     if start <= earlier[-1].start:
@@ -140,6 +143,29 @@ def _matrices_of_new_rows(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(first[id(every[name])] for name in of_owners & set(every))
 
 
+def _check_new_tokens_learn(model: PreTrainedModel, phases: Sequence[Phase]) -> None:
+    weight = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    if name not in ever_trained(phases):
+        raise UserError(
+            f"freezing: {name} trains in no phase: the tokens that `vocabulary` adds would never learn; set "
+            f"`freezing.trainable.new_tokens: true`"
+        )
+
+
+def _check_groups(rules: Sequence[GroupRule]) -> None:
+    """Refuse groups that are one tied matrix under two names, each with a rate or decay of its own."""
+    for number, rule in enumerate(rules):
+        for other in range(number):
+            for value in ("learning_rate", "weight_decay"):
+                ours, theirs = getattr(rule, value), getattr(rules[other], value)
+                if None not in (ours, theirs) and ours != theirs and rule.names == rules[other].names:
+                    raise UserError(
+                        f"freezing.groups.{number}: the same parameters as freezing.groups.{other} "
+                        f"({min(rule.names)}; tied matrices are one), with another {value}: leave out one of the two"
+                    )
+
+
 def _check_rows_train_alone(model: PreTrainedModel, phases: Iterable[Phase]) -> None:
     if both := sorted(_matrices_of_new_rows(model) & ever_trained(list(phases))):
         raise UserError(
@@ -156,8 +182,15 @@ def _depths(model: PreTrainedModel) -> dict[str, int]:
     for number, names in enumerate(blocks):
         depths |= dict.fromkeys(names, len(blocks) - number)
     shallow = {*parts["head"], *parts["final_norm"]} - {*parts["embeddings"]}
-    bottom = [name for part in ("embeddings", "position_embeddings", "new_tokens", "other") for name in parts[part]]
-    return depths | {name: deepest for name in bottom if name not in shallow}
+    bottom = [name for part in ("embeddings", "position_embeddings", "other") for name in parts[part]]
+    depths |= {name: deepest for name in bottom if name not in shallow}
+    # New rows are as deep as the matrix that they are of.
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for name in parts["new_tokens"]:
+        owner, _, own = name.rpartition(".")
+        depths[name] = depths[first[id(every[f"{owner}.{'bias' if own == 'new_bias' else 'weight'}"])]]
+    return depths
 
 
 # ---- shown and saved

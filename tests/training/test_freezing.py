@@ -4,17 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from kit.errors import UserError
 from kit.model.freezing import count_parameters
 from kit.model.parts import transformer_blocks
 from kit.recipe.freezing import FreezingSection
 from kit.training.freezing import check_frozen, fingerprint_frozen, make_plan, plan_as_rows, print_plan
+from kit.training.parameter_groups import parameter_settings
 from kit.training.plan import StepPlan
 from tests.material import make_model
 from tests.model.models import MODELS
 
 NEW = range(310, 317)
+LAST = {"epoch": 1, "trainable": "all"}
 ARGS = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1)
 
 
@@ -174,3 +177,51 @@ def test_proof_that_frozen_tensors_stayed(build):
         model.get_input_embeddings().weight[309] += 1e-6
     with pytest.raises(RuntimeError, match="1 frozen tensors have changed"):
         check_frozen(model, plan, before)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"frozen": {"head": True}},  # tied: the embeddings
+        {"frozen": {"patterns": [".*wte.*"]}},
+        {"trainable": {"patterns": ["transformer[.]h[.].*"]}},
+    ],
+)
+def test_new_tokens_that_would_never_learn(values):
+    with pytest.raises(UserError, match=r"transformer.wte.weight trains in no phase.*new_tokens: true"):
+        plan_of(make_model(), NEW, **values)
+
+
+def test_rows_of_new_tokens_are_as_deep_as_their_matrix():
+    model = make_model("llama", tie_word_embeddings=False)
+    plan = plan_of(model, NEW, trainable={"new_tokens": True}, layer_decay=0.5)
+    settings = parameter_settings(model, set(), ARGS, plan.phases, plan.rules, plan.layer_decay, plan.depth_of)
+    rates = {name: how.learning_rate for name, how in settings.items()}
+    assert rates == {"model.embed_tokens.new_rows": 1e-3 * 0.5**3, "lm_head.new_rows": 1e-3}
+
+
+def test_a_share_of_the_steps_is_exact():
+    schedule = [{"trainable": {"final_norm": True}}, {"fraction": 0.55, "trainable": "all"}]
+    assert plan_of(make_model(), steps=100, schedule=schedule).phases[1].start == 55
+
+
+def test_groups_of_one_tied_matrix():
+    groups = [{"parts": {"head": True}, "learning_rate": 1e-2}, {"parts": {"embeddings": True}, "learning_rate": 1e-5}]
+    with pytest.raises(UserError, match=r"groups.1: the same parameters as freezing.groups.0"):
+        plan_of(make_model(), groups=groups)
+    plan_of(make_model("llama", tie_word_embeddings=False), groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": []}, "says nothing"),
+        (
+            {"schedule": [{"trainable": {"new_tokens": True}}, {"epoch": 1, "trainable": "all"}]},
+            "leave out `new_tokens`",
+        ),
+    ],
+)
+def test_sections_that_say_nothing_or_two_things(values, message):
+    with pytest.raises(ValidationError, match=message):
+        FreezingSection(**values)

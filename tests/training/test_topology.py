@@ -29,8 +29,10 @@ def launch(tmp_path, monkeypatch):
     def start(name, *arguments):
         script = tmp_path / name
         script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text("input()")
-        started.append(subprocess.Popen([sys.executable, str(script), *arguments], stdin=subprocess.PIPE))
+        script.write_text("print(flush=True)\ninput()")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, str(script), *arguments], **pipes))
+        started[-1].stdout.readline()  # for a moment after it was started a process has no command line yet
         monkeypatch.setattr(psutil.Process, "parent", lambda _: psutil.Process(started[-1].pid))
         return announced_processes()
 
