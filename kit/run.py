@@ -58,7 +58,7 @@ from kit.training.topology import (
 )
 from kit.training.trainer import KitTrainer
 
-_BEFORE_FORMAT = 1  # raise it whenever a figure is computed in another way
+_BEFORE_FORMAT = 2  # raise it whenever a figure is computed, or a sample drawn or shown, in another way
 TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm}
 
 

@@ -1,26 +1,16 @@
 """Rows of the embeddings for tokens that were added: by id, never by tail slice, each begun as the recipe says."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kit.model.vocabulary import AddedRow, Extension
+from kit.model.vocabulary import Extension
 from kit.recipe.vocabulary import Initialization
 
 # Of transformers' `resize_token_embeddings(mean_resizing=True)`, after https://nlp.stanford.edu/~johnhew/vocab-expansion
 _COVARIANCE_SCALE = 1e-9
 _ROWS = 1 << 13  # of a matrix, in float64 at a time
-
-
-@dataclass(frozen=True)
-class InitializedRow:
-    """What a new row began as, with its Euclidean length in the input embeddings and, if there are any, the output."""
-
-    row: AddedRow
-    norms: tuple[float, ...]
 
 
 def resize_and_initialise(
@@ -30,7 +20,7 @@ def resize_and_initialise(
     initialize: Initialization,
     pad_to_multiple_of: int,
     seed: int,
-) -> list[InitializedRow]:
+) -> None:
     """Give each added token its row, by id, in the input and output embeddings and the head's bias.
 
     The matrices grow only where the largest id asks for it, then to a multiple of `pad_to_multiple_of`, and never
@@ -61,9 +51,6 @@ def resize_and_initialise(
         for number, (module, parameter) in enumerate(parameters):
             torch.manual_seed(seed + number)
             _fill(model, module, parameter, old, targets)
-
-    weights = [module.weight.detach() for module in (inputs, outputs) if module is not None]
-    return [InitializedRow(r, tuple(float(w[r.id].double().norm()) for w in weights)) for r in extension.rows]
 
 
 def _unshare(model: nn.Module, before: dict[str, int]) -> None:

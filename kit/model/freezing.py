@@ -55,7 +55,7 @@ def check_new_tokens(section: FreezingSection | None, number: int) -> None:
     if section and section.new_tokens and not number:
         raise UserError(
             "freezing.trainable.new_tokens: all tokens of `vocabulary` are in the tokenizer already, so that no row is "
-            "new; `freezing.trainable.embeddings: true` trains theirs with all others"
+            "new; `embeddings: true` and `head: true` in its place train theirs with all others"
         )
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from kit.errors import UserError
 
 _ROWS, _BIAS = "new_rows", "new_bias"  # parameters of the input embedding and of the head
-_WAY_OUT = "`freezing.trainable.embeddings: true` trains the whole matrices, which works there"
+_WAY_OUT = "`embeddings: true` and `head: true` in its place train the whole matrices, which works there"
 
 
 def train_new_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -116,15 +116,6 @@ def find_parts(model: PreTrainedModel, key: str = "freezing") -> dict[str, tuple
     return {**kept, **cut_across, "other": other}
 
 
-def other_parameters(model: PreTrainedModel, key: str = "freezing") -> tuple[str, ...]:
-    """Return the parameters that are in no block and in no part but `biases` and `norms`: projections of OPT, say.
-
-    Raises:
-        UserError: as `find_parts`.
-    """
-    return find_parts(model, key)["other"]
-
-
 def bias_names(model: nn.Module) -> tuple[str, ...]:
     """Return all parameters that are called a bias (`bias`, `in_proj_bias`), those of norms and heads included."""
     return _in_order(model, {name for name, _ in model.named_parameters() if name.endswith("bias")})
@@ -157,19 +148,6 @@ def block_parameters(model: PreTrainedModel, key: str = "freezing") -> tuple[tup
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks = transformer_blocks(model, key)
     return tuple(_in_order(model, {first_name[id(parameter)] for parameter in block.parameters()}) for block in blocks)
-
-
-def block_of(model: PreTrainedModel, key: str = "freezing") -> dict[str, int]:
-    """Return for each parameter of a block the block's number, from 0 at the input; the first of several that share it.
-
-    Raises:
-        UserError: the model does not tell which of its modules are its blocks.
-    """
-    numbers: dict[str, int] = {}
-    for number, names in enumerate(block_parameters(model, key)):
-        for name in names:
-            numbers.setdefault(name, number)
-    return numbers
 
 
 def transformer_blocks(model: PreTrainedModel, key: str = "freezing.trainable.last_blocks") -> nn.ModuleList:

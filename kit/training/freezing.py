@@ -144,13 +144,15 @@ def _matrices_of_new_rows(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _check_new_tokens_learn(model: PreTrainedModel, phases: Sequence[Phase]) -> None:
-    weight = model.get_input_embeddings().weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-    if name not in ever_trained(phases):
-        raise UserError(
-            f"freezing: {name} trains in no phase: the tokens that `vocabulary` adds would never learn; set "
-            f"`freezing.trainable.new_tokens: true`"
-        )
+    """Refuse a plan in which added tokens would not be learned as inputs, or, with a head of its own, as outputs."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(module.weight) for module in modules if module is not None}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in weights and name not in ever_trained(phases):
+            raise UserError(
+                f"freezing: {name} trains in no phase: the tokens that `vocabulary` adds would never learn; set "
+                f"`freezing.trainable.new_tokens: true`"
+            )
 
 
 def _check_groups(rules: Sequence[GroupRule]) -> None:

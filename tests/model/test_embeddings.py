@@ -59,7 +59,7 @@ def test_rows_are_the_means_of_the_right_rows(build):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     before = parts(model)
     _, extension = extended()
-    reports = grow(model, extension)
+    grow(model, extension)
     after = parts(model)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     assert after.keys() == before.keys()
@@ -74,8 +74,7 @@ def test_rows_are_the_means_of_the_right_rows(build):
         np.testing.assert_allclose(new[324:].numpy(), np.broadcast_to(mean, new[324:].shape), rtol=1e-6, atol=1e-8)
     assert model.config.vocab_size == 384
     assert model.get_input_embeddings().num_embeddings == 384
-    assert [report.row.method for report in reports] == ["mean", "mean", "subword-mean", "subword-mean"]
-    assert reports[0].norms[0] == pytest.approx(float(after["inputs"][320].norm()))
+    assert [row.method for row in extension.rows] == ["mean", "mean", "subword-mean", "subword-mean"]
 
 
 def test_saved_model_computes_the_same(build, tmp_path):

@@ -350,7 +350,7 @@ def test_what_is_loaded_counts_when_the_memory_was_apart(build):
 def test_trainer_resumes(build, tmp_path):
     """Trainer's own saving and resuming, which load non-strictly and look at shared memory."""
     if build().config.model_type == "gpt_neox":
-        pytest.skip("Trainer writes its head as `embed_out` and does not find it again, with or without new rows")
+        pytest.skip("stock Trainer loses its head `embed_out`; the kit's does not: see test_vocabulary_run")
     values = {"use_cpu": True, "max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "bf16": False}
     args = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, **values)
     config = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}

@@ -225,3 +225,10 @@ def test_groups_of_one_tied_matrix():
 def test_sections_that_say_nothing_or_two_things(values, message):
     with pytest.raises(ValidationError, match=message):
         FreezingSection(**values)
+
+
+def test_new_tokens_need_a_head_of_their_own_to_learn_too():
+    untied = make_model("llama", tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"lm_head.weight trains in no phase"):
+        plan_of(untied, NEW, trainable={"embeddings": True})
+    plan_of(untied, NEW, trainable={"embeddings": True, "head": True})
