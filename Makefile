@@ -80,6 +80,10 @@ evaluate: $(INSTALLED)  ## Measure RUN's model on its recipe's sets
 generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
 	$(BIN)/kit generate $(RUN) --prompt "$(PROMPT)" $(ARGS)
 
+.PHONY: merge
+merge: $(INSTALLED)  ## Write a plain model of RUN's adapter and its base model
+	$(BIN)/kit merge $(RUN) $(ARGS)
+
 .PHONY: vocabulary
 vocabulary: $(INSTALLED)  ## Find words of RECIPE's text that would save tokens, and write them to a file to review
 	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make vocabulary RECIPE=recipes/text/lm_gpt2_full.yaml"; exit 2; }

@@ -20,7 +20,6 @@ from kit.console import is_main_process, quiet_libraries, say, table, warn
 from kit.data.store import TokenStore
 from kit.evaluation.samples import check_prompts
 from kit.model.freezing import count_parameters
-from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import decoder
 from kit.recipe.loading import recipe_fingerprint
 from kit.recipe.models import Recipe
@@ -269,8 +268,7 @@ def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) ->
         f"{_duration(stop.seconds[-1] * plan.steps)}, evaluations apart"
     )
     if is_main_process():
-        save_model(probe.model, probe.tokenizer, directory.model)
-        saved_model_difference(probe.model, directory.model)
+        probe.save(directory.model)
         say(f"probe: saved and loaded again, the model gives the same logits; at most {_peak_memory(args)} in use")
 
 

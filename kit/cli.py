@@ -129,6 +129,19 @@ def mine(
 
 
 @app.command()
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or a folder with an adapter.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The folder to write; else `merged` in the run directory.")
+    ] = None,
+) -> None:
+    """Merge a run's adapter into its base model: a plain model, with the same logits."""
+    from kit.merge import merge as merge_run
+
+    merge_run(run, output)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a run directory or a Hub model.")],
     values: Annotated[str | None, typer.Option(metavar="NAME", help="Show the values of this tensor instead.")] = None,

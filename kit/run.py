@@ -24,6 +24,7 @@ from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
 from kit.files import build_once, hash_values, make_folder, read_json, read_seal, write_json
+from kit.model.adapter_files import Adapter
 from kit.model.declared_tokens import with_tokens_read
 from kit.model.freezing import count_parameters
 from kit.model.loading import model_key
@@ -35,6 +36,7 @@ from kit.recipe.loading import dump_recipe, load_recipe, overrides_for_model, re
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
 from kit.tracking import WandbTracker, tracked
+from kit.training.adapters import adapter_key, facts_of_base, insert_adapter
 from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
 from kit.training.arguments import make_training_arguments
 from kit.training.attempt import attempt, holding
@@ -132,7 +134,7 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
     recipe = load_recipe(recipe_path, [*overrides, *(overrides_for_model(model) if model else [])])
     if recipe.vocabulary and not model:
         say("measured is the base model, with its own tokens: the recipe's `vocabulary` is added when it trains")
-    recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None})
+    recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None, "adapter": None})
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
     with out_of_memory_explained(recipe, args):
@@ -169,10 +171,16 @@ class Run:
     added: AddedTokens | None = None
     untrained: Mapping[str, Figures] = field(default_factory=dict)
     plan: FreezingPlan | None = None
+    adapter: Adapter | None = None
 
     def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
         """Return the model's figures on every evaluation set."""
         return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
+
+    def save(self, folder: Path) -> float:
+        """Write the model, load it again, and return by how much their logits differ: 0.0, or it is an error."""
+        save_model(self.model, self.tokenizer, folder, self.adapter)
+        return saved_model_difference(self.model, folder, self.recipe.model if self.adapter else None)
 
     def sample(self) -> list[list[str]]:
         """Return continuations of the recipe's prompts."""
@@ -195,7 +203,7 @@ def prepare_run(
         UserError: data or model cannot be used, or more tokens would be dropped than the recipe allows.
     """
     task = TASKS[recipe.task]
-    task.check_early(recipe)
+    task.check_early(recipe, trains=not measures_only)
 
     def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus, Extension | None, Base | None]:
         make_folder("data.store_dir", recipe.data.store_dir)
@@ -235,13 +243,14 @@ def measure_before(run: Run) -> dict[str, Any]:
 
 
 def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
-    """Give the tokens that the recipe adds their embeddings, audit them, and freeze what it freezes.
+    """Give the tokens that the recipe adds their embeddings, audit them, put the adapter in, and freeze the rest.
 
     Args:
         run: what was prepared; its model changes in place.
         before: figures of the model as it was, to say what the new tokens alone do to them; else nothing is measured.
     """
-    added, untrained, new_ids = None, {}, []
+    added, untrained, new_ids, adapter = None, {}, [], None
+    base = facts_of_base(run.model, run.recipe.model) if run.recipe.adapter else None
     if run.extension:
         rows_before = run.model.get_input_embeddings().weight.shape[0]
         run.task.extend_model(run.model, run.recipe, run.tokenizer, run.extension, run.args.seed)
@@ -252,12 +261,15 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
             untrained = _measure_once(run, "extended", run.recipe.vocabulary.model_dump(), run.args.seed)["figures"]
             report_untrained(before, untrained)
         new_ids = [row.id for row in run.extension.rows]
+    if base:
+        adapter = insert_adapter(run.model, run.recipe, base, new_ids, run.args.seed)
+        check_agreement("the same adapter", adapter_key(run.model), base.fingerprint)
     plan = make_plan(run.model, run.recipe.freezing, new_ids, plan_steps(len(run.corpus.rows), run.args))
     if plan:
         print_plan(run.model, plan, run.args)
         if run.directory and is_main_process():
             write_json(run.directory.freezing, plan_as_rows(run.model, plan, run.args))
-    run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan)
+    run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan, adapter=adapter)
     if added and run.directory and is_main_process():
         save_audit(added, run.directory.vocabulary, untrained)
     return run
@@ -319,6 +331,7 @@ def run_training(
         preemption=preemption,
         fingerprints=fingerprints,
         plan=run.plan,
+        adapter=run.adapter,
     )
     # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
     # loads the model; the kit passes `use_cache` with every call instead.
@@ -343,8 +356,7 @@ def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: Wan
     """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
     scorecard = make_scorecard(run.recipe.task, before["figures"], after["figures"], run.untrained)
     if is_main_process():
-        save_model(run.model, run.tokenizer, run.directory.model)
-        run.directory.note(reloaded_logits_differ_by=saved_model_difference(run.model, run.directory.model))
+        run.directory.note(reloaded_logits_differ_by=run.save(run.directory.model))
         pairs = zip(run.recipe.evaluation.prompts, before["samples"], after["samples"], strict=True)
         samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in pairs]
         write_json(run.directory.samples, samples)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.cli import app
-from kit.recipe import data, freezing, models, vocabulary
+from kit.recipe import adapter, data, freezing, models, vocabulary
 
 KIT = Path(__file__).parents[1] / "kit"
 FILES = sorted(KIT.rglob("*.py"))
@@ -20,7 +20,7 @@ LAYERS = [
     ["data", "model", "evaluation", "tracking"],
     ["tasks"],
     ["training"],
-    ["run", "generate", "environment"],
+    ["run", "generate", "merge", "environment"],
     ["check", "vocabulary"],
     ["cli"],
     ["__main__"],
@@ -80,7 +80,7 @@ def test_files_and_functions_are_short():
 
 def test_commands_change_deliberately():
     assert {command.callback.__name__ for command in app.registered_commands} == {
-        "train", "check", "prepare", "evaluate", "generate", "inspect", "schema", "recipes", "env", "status",
+        "train", "check", "prepare", "evaluate", "generate", "merge", "inspect", "schema", "recipes", "env", "status",
     }  # fmt: skip
     groups = {group.name: group.typer_instance.registered_commands for group in app.registered_groups}
     assert {name: [command.callback.__name__ for command in commands] for name, commands in groups.items()} == {
@@ -96,9 +96,9 @@ def test_recipe_keys_change_deliberately():
     parts = "embeddings position_embeddings first_blocks last_blocks final_norm head biases norms patterns"
     sections = {
         models: {
-            "Recipe": "task model data vocabulary freezing training evaluation run tracking",
+            "Recipe": "task model data vocabulary freezing adapter training evaluation run tracking",
             "ModelSection": "name_or_path revision from_config tokenizer eos_token config dtype attn_implementation "
-            "trust_remote_code",
+            "load_in_4bit trust_remote_code",
             "TrainedTokenizer": "vocab_size",
             "EvaluationSection": "sets prompts generation",
             "EvaluationSet": f"{source} fraction seed",
@@ -125,6 +125,7 @@ def test_recipe_keys_change_deliberately():
             "Roles": "bos_token eos_token pad_token system user assistant",
             "VocabularySection": "special_tokens tokens roles chat_template initialize pad_to_multiple_of",
         },
+        adapter: {"AdapterSection": "type"},
         freezing: {
             "Parts": parts,
             "TrainableParts": f"{parts} new_tokens",

@@ -8,15 +8,17 @@ from transformers import PreTrainedConfig, TrainingArguments
 from kit.errors import UserError
 from kit.model.new_rows import is_new_rows
 from kit.recipe.freezing import FreezingSection
+from kit.recipe.models import Recipe
 
 
-def check_freezing(section: FreezingSection | None, args: TrainingArguments) -> None:
-    """Check that what a recipe wants frozen goes together with how its training is spread over devices.
+def check_sharding(recipe: Recipe, args: TrainingArguments) -> None:
+    """Check that what a recipe freezes goes together with how its training is spread over devices.
 
     Raises:
         UserError: FSDP or DeepSpeed cuts parameters into shards, of which a plan by names has not been tried.
     """
-    if section is None:
+    key = next((name for name in ("freezing", "adapter") if getattr(recipe, name)), None)
+    if key is None:
         return
     sharding = {
         "FSDP": args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
@@ -25,7 +27,7 @@ def check_freezing(section: FreezingSection | None, args: TrainingArguments) -> 
     for name, used in sharding.items():
         if used:
             raise UserError(
-                f"freezing: not with {name}, which cuts parameters into shards: what is frozen, or trains at a rate of "
+                f"{key}: not with {name}, which cuts parameters into shards: what is frozen, or trains at a rate of "
                 f"its own, could not be followed and proven there; leave out one of the two"
             )
 

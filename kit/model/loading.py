@@ -3,7 +3,7 @@
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from kit.console import say, warn
 from kit.errors import UserError, did_you_mean, is_out_of_memory
@@ -26,17 +27,22 @@ from kit.model.alignment import check_embeddings, check_ids, check_positions, ch
 from kit.model.hub import check_weights, expand, from_hub
 from kit.recipe.models import ModelSection
 
-_CONFIGURATIONS = {"config.json", "generation_config.json"}
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_CONFIGURATIONS = {"config.json", "generation_config.json", "adapter_config.json", "base.json"}
 # Most `config.json` on the Hub have these; transformers 5 moves what it knows of them into `rope_parameters`.
 _FORMER_ROPE_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
 
 
-def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
     """Load the causal LM of a recipe, on the CPU, in `section.dtype`.
 
     Raises:
         UserError: it cannot be loaded, is no causal LM, or its weights are incomplete or not tied as it says.
     """
+    if holds_adapter(section):
+        return load_adapted(expand(section.name_or_path), section).get_base_model()
     options = {"dtype": getattr(torch, section.dtype)}
     if section.from_config is not None:
         # The seed alone decides a fresh model's weights, whatever drew random numbers before.
@@ -75,6 +81,33 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase, se
         for key in {"bos_token_id", "eos_token_id", "pad_token_id"} & section.config.keys():
             setattr(model.generation_config, key, getattr(config.get_text_config(), key))
     return model
+
+
+def holds_adapter(section: ModelSection) -> bool:
+    """Tell whether a recipe's model is a folder with an adapter rather than a whole model."""
+    return section.name_or_path is not None and (Path(expand(section.name_or_path)) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def load_adapted(folder: str | Path, section: ModelSection) -> "PeftModel":
+    """Load the base model that an adapter belongs to, with the adapter in it, not merged.
+
+    Args:
+        folder: what `Adapter.write` wrote.
+        section: how the base is to be loaded; what the adapter's record knows of it counts instead.
+
+    Raises:
+        UserError: the base cannot be loaded or is another one, or the adapter is damaged.
+    """
+    from kit.model.adapter_files import load_adapter, read_adapter  # peft's import takes seconds
+
+    record = read_adapter(folder)
+    known = {"name_or_path": record["name"], "revision": record["revision"], "load_in_4bit": record["load_in_4bit"]}
+    base = section.model_copy(update={**known, "dtype": record["dtype"]})
+    try:
+        check_pretrained(base, block_size=1)
+    except UserError as error:
+        raise UserError(f"{folder}: the base model that this adapter belongs to cannot be used: {error}") from None
+    return load_adapter(load_causal_lm(base, None, seed=0), folder)
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:

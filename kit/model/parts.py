@@ -132,6 +132,19 @@ def new_token_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_parameters() if is_new_rows(name))
 
 
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the parameters that peft has put into a model, and the copies of modules that it trains whole."""
+    found = set()
+    for path, module in model.named_modules():
+        # Not by peft's classes: the import takes seconds, and most models have no adapter.
+        own = ("modules_to_save",) if hasattr(module, "original_module") else getattr(module, "adapter_layer_names", ())
+        for part in own:
+            inside = getattr(module, part, None)
+            if isinstance(inside, nn.Module):
+                found |= {f"{path}.{part}.{name}" for name, _ in inside.named_parameters()}
+    return _in_order(model, found)
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Return every further name of a parameter that has several, to the first, by which all functions here know it."""
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}

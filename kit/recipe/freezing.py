@@ -30,9 +30,9 @@ class Parts(Section):
     """Regular expressions, each of which matches whole names of parameters, such as `transformer[.]h[.]0[.]attn[.].*`;
     `kit inspect` lists the names."""
 
-    def names_any(self) -> bool:
-        """Tell whether any part is named."""
-        return any(getattr(self, name) for name in type(self).model_fields)
+    def named(self) -> set[str]:
+        """Return the keys that name a part."""
+        return {name for name in type(self).model_fields if getattr(self, name)}
 
 
 class TrainableParts(Parts):
@@ -68,7 +68,7 @@ class PhaseSection(Section):
     def _one_start(self) -> "PhaseSection":
         if sum(getattr(self, name) is not None for name in ("epoch", "step", "fraction")) > 1:
             raise ValueError("a phase begins at one of `epoch`, `step` and `fraction`")
-        if isinstance(self.trainable, Parts) and not self.trainable.names_any():
+        if isinstance(self.trainable, Parts) and not self.trainable.named():
             raise ValueError("`trainable` names no part")
         return self
 
@@ -85,7 +85,7 @@ class GroupSection(Section):
 
     @model_validator(mode="after")
     def _something(self) -> "GroupSection":
-        if not self.parts.names_any():
+        if not self.parts.named():
             raise ValueError("`parts` names no part")
         if self.learning_rate is None and self.weight_decay is None:
             raise ValueError("a group has a `learning_rate` or a `weight_decay` of its own")
@@ -137,7 +137,7 @@ class FreezingSection(Section):
     def _one_way(self) -> "FreezingSection":
         for name in ("trainable", "frozen"):
             parts = getattr(self, name)
-            if parts is not None and not parts.names_any():
+            if parts is not None and not parts.named():
                 raise ValueError(f"`{name}` names no part")
         if self.frozen is not None and self.trainable is not None:
             others = [key for key in Parts.model_fields if getattr(self.trainable, key)]

@@ -76,6 +76,7 @@ def overrides_for_model(path: str) -> list[str]:
         "config={}",
         "revision=null",
         "trust_remote_code=false",
+        "load_in_4bit=false",
     )
     return [f"model.name_or_path={quoted}", *(f"model.{other}" for other in others)]
 
@@ -100,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 def _writable(section: Section) -> dict[str, Any]:
     """Return the fields that can be written together, in the order of the model."""
-    values = {name: getattr(section, name) for name in type(section).model_fields}
+    values = {name: getattr(section, name) for name in type(section).model_fields} | (section.model_extra or {})
     values = {name: value for name, value in values.items() if value not in _EMPTY}
     kept = {name: value for name, value in values.items() if name in section.model_fields_set}
     for name, value in values.items():

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from kit.recipe.adapter import AdapterSection
 from kit.recipe.data import DATA_SPLITS, DataSection, Source, ValidationFraction
 from kit.recipe.freezing import FreezingSection
 from kit.recipe.section import Section, Text, sequence, text_or_mapping
@@ -46,6 +47,9 @@ class ModelSection(Section):
     """Precision in which the weights are held and trained; `training.bf16` decides how they are multiplied."""
     attn_implementation: Literal["eager", "sdpa"] | None = None
     """Attention kernel, under its name in `from_pretrained`; by default the model's own choice."""
+    load_in_4bit: bool = False
+    """Hold the weights of the linear layers in 4 bits (NF4, as in QLoRA), which only an `adapter` can train beside;
+    needs a CUDA device and bitsandbytes."""
     trust_remote_code: bool = False
     """Run code that comes with the model; demands a pinned `revision`."""
 
@@ -60,6 +64,8 @@ class ModelSection(Section):
                 raise ValueError("`from_config` needs a `tokenizer`: a name, a folder, or `{vocab_size: …}` for one")
             if self.config or self.revision or self.trust_remote_code:
                 raise ValueError("`config`, `revision`, `trust_remote_code` go with `name_or_path`, not `from_config`")
+            if self.load_in_4bit:
+                raise ValueError("`load_in_4bit` goes with `name_or_path`: a fresh model has nothing to be rounded")
         elif isinstance(self.tokenizer, TrainedTokenizer):
             raise ValueError("a tokenizer is trained only for a fresh model (`from_config`), not a pretrained one")
         if self.trust_remote_code and not _is_commit(self.revision):
@@ -188,6 +194,8 @@ class Recipe(Section):
     """Tokens that are added to the tokenizer, and what their rows of the embeddings begin as."""
     freezing: FreezingSection | None = None
     """Which parameters train; without this section all of them."""
+    adapter: AdapterSection | None = None
+    """Small weights of peft that train in place of the model's own."""
     training: dict[str, Any] = {}
     """`TrainingArguments` under their own names."""
     evaluation: EvaluationSection = EvaluationSection()
@@ -205,11 +213,41 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _new_tokens_learn(self) -> "Recipe":
-        if self.freezing is None:
+    def _adapter_trains_alone(self) -> "Recipe":
+        if self.adapter is None:
+            if self.model.load_in_4bit:
+                raise ValueError(
+                    "model.load_in_4bit such weights cannot train: give `adapter`, which trains beside them"
+                )
             return self
+        if self.model.from_config is not None:
+            raise ValueError(
+                "adapter needs a pretrained model (`model.name_or_path`): it would freeze a fresh one's random weights"
+            )
+        if self.freezing is not None:
+            for key in sorted(self.freezing.written() - {"trainable"}):
+                raise ValueError(
+                    f"freezing.{key} does not go with `adapter`, which trains alone, from the first step to the last; "
+                    f"only `freezing.trainable.new_tokens` goes with it"
+                )
+            for key in sorted(self.freezing.trainable.named() - {"new_tokens"}):
+                raise ValueError(
+                    f"freezing.trainable.{key} does not go with `adapter`, which freezes the model's own weights; "
+                    f"`adapter.modules_to_save` trains whole modules beside it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens_learn(self) -> "Recipe":
         adds = self.vocabulary is not None and (self.vocabulary.special_tokens or self.vocabulary.tokens)
         freezing = self.freezing
+        if self.adapter and adds and not freezing and not self.adapter.options().get("modules_to_save"):
+            raise ValueError(
+                "adapter freezes the embeddings: the tokens that `vocabulary` adds would never learn; set "
+                "`freezing.trainable.new_tokens: true`"
+            )
+        if freezing is None:
+            return self
         key = next((name for name in ("frozen", "trainable", "schedule") if getattr(freezing, name)), None)
         if adds and key and not (freezing.new_tokens or freezing.may_train_embeddings):
             raise ValueError(

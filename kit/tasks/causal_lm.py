@@ -22,15 +22,18 @@ from kit.data.corpus import (
     training_documents,
     training_documents_key,
 )
+from kit.errors import UserError
 from kit.evaluation.language_modeling import evaluate_documents
 from kit.model.alignment import align_configuration, check_alignment
 from kit.model.embeddings import resize_and_initialise
 from kit.model.freezing import check_blocks, check_new_tokens
 from kit.model.isolation import check_isolation
-from kit.model.loading import check_pretrained, check_vocabulary, load_causal_lm, model_type
+from kit.model.loading import check_pretrained, check_vocabulary, holds_adapter, load_causal_lm, model_type
+from kit.model.quantization import check_quantization
 from kit.model.roles import apply_roles, compare_with_chat
 from kit.model.tokenizer import decoder, encoder, load_tokenizer, special_tokens, tokenizer_key
 from kit.model.vocabulary import Extension, extend_tokenizer
+from kit.recipe.adapter import check_adapter
 from kit.recipe.models import Recipe
 
 Figures = dict[str, float | int]
@@ -41,13 +44,25 @@ HIGHER_IS_BETTER = {"token_accuracy"}
 DEFAULT_FIGURE = "bits_per_byte"
 
 
-def check_early(recipe: Recipe) -> None:
+def check_early(recipe: Recipe, trains: bool = True) -> None:
     """Check of the model what its configuration alone tells, before hours of tokenising.
+
+    Args:
+        recipe: the recipe.
+        trains: whether the model is going to be trained, not only measured.
 
     Raises:
         UserError: it cannot be found, is no causal LM, has fewer positions than a block or fewer blocks than are to
-            train, or its weights are unusable.
+            train, or its weights are unusable; peft does not take the `adapter`; the model is an adapter itself.
     """
+    if recipe.adapter:
+        check_adapter(recipe.adapter)
+    check_quantization(recipe.model.load_in_4bit)
+    if trains and holds_adapter(recipe.model):
+        raise UserError(
+            f"model.name_or_path: `{recipe.model.name_or_path}` holds an adapter, not a whole model to train: "
+            f"`kit merge` makes one of it"
+        )
     if recipe.model.name_or_path is not None:
         check_blocks(recipe.freezing, check_pretrained(recipe.model, recipe.data.block_size))
 

@@ -12,7 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from kit.data.corpus import DEFAULT_SET
 from kit.errors import UserError, did_you_mean
-from kit.model.freezing import check_freezing
+from kit.model.freezing import check_sharding
 from kit.model.precision import has_accelerator, supports_bf16
 from kit.recipe.models import Recipe
 
@@ -60,7 +60,7 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
     if args.fp16 and args.device.type == "cpu":
         raise UserError("training.fp16: a CPU multiplies fp16 a hundred times slower than fp32; leave it out")
     _check_evaluation(recipe, args)
-    check_freezing(recipe.freezing, args)
+    check_sharding(recipe, args)
     return args, precision
 
 

@@ -15,7 +15,7 @@ from kit.console import say, table
 from kit.errors import UserError
 from kit.model.freezing import check_new_tokens, count_parameters
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
-from kit.model.parts import block_parameters, find_parts, select
+from kit.model.parts import adapter_names, block_parameters, find_parts, select
 from kit.recipe.freezing import FreezingSection, Parts, PhaseSection
 from kit.training.parameter_groups import (
     GroupRule,
@@ -58,7 +58,7 @@ def make_plan(
     To be called once the model is on its device, before its optimizer is created.
 
     Args:
-        model: the model.
+        model: the model. With an adapter it is the plan that what `add_adapter` let train does.
         section: the recipe's; None lets everything train, and gives no plan.
         new_ids: of the tokens that `vocabulary` added.
         steps: of the run.
@@ -66,6 +66,11 @@ def make_plan(
     Raises:
         UserError: a part, a pattern or a phase does not fit the model or the run, or nothing would be frozen or train.
     """
+    if adapter_names(model):
+        phases = [Phase(0, frozenset(name for name, p in model.named_parameters() if p.requires_grad))]
+        if new_ids and new_row_ids(model) is None:
+            _check_new_tokens_learn(model, phases)
+        return FreezingPlan(tuple(phases))
     if section is None:
         return None
     check_new_tokens(section, len(new_ids))
@@ -249,15 +254,16 @@ def _own_rows(model: PreTrainedModel, parameter: nn.Parameter) -> int:
 def _labels(model: PreTrainedModel) -> dict[str, str]:
     """Return the part of each parameter, by which it is listed."""
     labels = {name: "new tokens" if is_new_rows(name) else "others" for name, _ in model.named_parameters()}
+    adapter = dict.fromkeys(adapter_names(model), "adapter")
     try:
         parts, blocks = find_parts(model), block_parameters(model)
     except UserError:  # an architecture that does not tell its parts is frozen by patterns
-        return labels
+        return labels | adapter
     for part in ("head", "final_norm", "position_embeddings", "embeddings"):
         labels |= dict.fromkeys(parts[part], part.replace("_", " "))
     for number, names in enumerate(blocks):
         labels |= dict.fromkeys(names, f"block {number}")
-    return labels
+    return labels | adapter
 
 
 def print_plan(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArguments) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
 from kit.console import is_main_process
 from kit.errors import UserError, is_out_of_memory
+from kit.model.adapter import insert_alike
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
 from kit.recipe.models import Recipe
 from kit.training.preemption import Preempted
@@ -88,6 +89,8 @@ def _saved_for_backward(
     autocast = torch.autocast(args.device.type, precision) if args.bf16 or args.fp16 else nullcontext()
     with FakeTensorMode(), args.device:
         twin = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        if adapters := getattr(model, "peft_config", None):
+            insert_alike(twin, next(iter(adapters.values())))
         if (ids := new_row_ids(model)) is not None:
             train_new_rows(twin, ids)
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from kit.data.sampling import EpochBatches
 from kit.errors import UserError
 from kit.files import is_sealed, read_json, read_seal, write_json
+from kit.model.adapter_files import Adapter
 from kit.model.new_rows import is_new_rows
 from kit.training.checkpoints import complete_checkpoint
 from kit.training.freezing import FreezingPlan
@@ -41,6 +42,7 @@ class KitTrainer(Trainer):
         preemption: where a SIGTERM is noticed.
         fingerprints: of recipe and data, stored with each checkpoint.
         plan: of `freezing`, if the recipe has one.
+        adapter: in the model, if it has one.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class KitTrainer(Trainer):
         preemption: Preemption,
         fingerprints: dict[str, str],
         plan: FreezingPlan | None = None,
+        adapter: Adapter | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up; the remaining arguments are Trainer's."""
@@ -60,6 +63,7 @@ class KitTrainer(Trainer):
         self.preemption = preemption
         self.fingerprints = fingerprints
         self.plan = plan
+        self.adapter = adapter
         # `compute_loss` normalises over the whole global batch, so nothing is left to divide: this says so to
         # transformers 5.23, and the next line to versions before it.
         self.loss_is_scaled_for_ga = True
@@ -265,10 +269,10 @@ class KitTrainer(Trainer):
         """Save the weights under the names that the model has for them in memory, by which they are loaded.
 
         Trainer writes those of the model's first publication, such as `embed_out` for GPT-NeoX's head, and does not
-        find them again.
+        find them again. Of a model with an adapter only that is saved; Trainer would leave the rows of new tokens out.
         """
-        save = self.model.save_pretrained
-        self.model.save_pretrained = partial(save, save_original_format=False)
+        save = partial(self.model.save_pretrained, save_original_format=False)
+        self.model.save_pretrained = (lambda folder, **_: self.adapter.write(folder)) if self.adapter else save
         try:
             super()._save(output_dir, state_dict)
         finally:
@@ -333,13 +337,23 @@ class KitTrainer(Trainer):
             raise Preempted
         return result
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights; where `_save` wrote an adapter, into the one that is in the model."""
+        if self.adapter:
+            self.adapter.restore(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
         """Load the best checkpoint, unless it is damaged; Trainer does not look."""
         if read_seal(self.state.best_model_checkpoint) is None:
             raise RuntimeError(
                 f"{self.state.best_model_checkpoint}, the best checkpoint, is damaged: a file has changed"
             )
-        super()._load_best_model()
+        if self.adapter:
+            self.adapter.restore(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that does not hold every tensor; Trainer loads non-strictly and logs a line."""

@@ -11,16 +11,12 @@ from transformers import AutoModelForCausalLM
 from kit.errors import UserError
 from kit.model.adapter import (
     add_adapter,
-    base_facts,
-    check_quantization,
     describe_adapter,
-    load_adapter,
-    merge_adapter,
-    merged_difference,
-    save_adapter,
 )
+from kit.model.adapter_files import Adapter, base_facts, load_adapter, merge_adapter, merged_difference
 from kit.model.embeddings import resize_and_initialise
 from kit.model.new_rows import is_new_rows, new_row_ids
+from kit.model.quantization import check_quantization
 from kit.model.vocabulary import extend_tokenizer
 from kit.recipe.adapter import AdapterSection
 from kit.recipe.vocabulary import VocabularySection
@@ -52,6 +48,11 @@ def build(request):
 @pytest.fixture(params=KINDS)
 def section(request):
     return AdapterSection(**KINDS[request.param])
+
+
+def save_adapter(model, folder, base, added_ids=()):
+    folder.mkdir(exist_ok=True)
+    Adapter(model, base, added_ids).write(folder)
 
 
 def logits(model, ids=IDS):

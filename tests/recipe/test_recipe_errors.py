@@ -19,7 +19,7 @@ HEAD = "task: causal-lm\nmodel: {name_or_path: gpt2}\n"
         ("learnin_rate: 8\n", ["did you mean `training.learning_rate`?"]),
         ("lr: 8\n", ["did you mean `training.learning_rate`?"]),
         ("path: x\n", ["belongs under `data.train` or under `data.validation`"]),
-        ("zzz: 8\n", ["r.yaml:5: zzz: unknown key; valid: data, evaluation, freezing, model"]),
+        ("zzz: 8\n", ["r.yaml:5: zzz: unknown key; valid: adapter, data, evaluation, freezing, model"]),
         ("run: {resum: x}\n", ["run.resum: unknown key", "did you mean `resume`?"]),
         ("run: {model: x}\n", ["run.model: unknown key", "`model` belongs at the top level"]),
         ("run: {learning_rate: 1}\n", ["`learning_rate` belongs under `training`"]),

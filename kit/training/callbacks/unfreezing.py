@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 from kit.console import warn
 from kit.errors import UserError
 from kit.model.new_rows import is_new_rows
+from kit.model.parts import adapter_names
 from kit.training.parameter_groups import Phase, check_phases, ever_trained, phase_at, sets_change
 
 _MOST_NAMED = 5
@@ -70,7 +71,8 @@ class Unfreezing(TrainerCallback):
             return
         self._proven = self._phase
         wanted = self.phases[self._phase].trainable
-        check_gradients({name: p for name, p in model.named_parameters() if name in wanted}, state.global_step + 1)
+        parameters = {name: p for name, p in model.named_parameters() if name in wanted}
+        check_gradients(parameters, state.global_step + 1, adapter_names(model))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the whole model be put into training mode again."""
@@ -135,12 +137,13 @@ def frozen_modules(model: PreTrainedModel) -> list[nn.Module]:
     return list(found)
 
 
-def check_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
+def check_gradients(parameters: dict[str, nn.Parameter], step: int, of_adapter: Sequence[str] = ()) -> None:
     """Check that each parameter has a gradient; warn of zeros, which rows of tokens that do not occur may well have.
 
     Args:
         parameters: name → what should train.
         step: the optimizer step about to be made, counted from 1, for the message.
+        of_adapter: names of those that may well have zeros too: one factor of a product that begins as zero.
 
     Raises:
         UserError: one has none.
@@ -152,7 +155,8 @@ def check_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
             f"{_named(without)}; expected one for each. If `training` turns on activation checkpointing with "
             f"`use_reentrant: true`, leave that out; what the loss does not depend on is to be frozen"
         )
-    zeros = [name for name, p in parameters.items() if not is_new_rows(name) and not p.grad.any()]
+    looked_at = {name: p for name, p in parameters.items() if not is_new_rows(name) and name not in of_adapter}
+    zeros = [name for name, p in looked_at.items() if not p.grad.any()]
     if zeros:
         warn(f"in step {step}, the gradient of {len(zeros)} tensors that should train is zero: {_named(zeros)}")
 

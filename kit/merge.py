@@ -1,0 +1,60 @@
+"""`kit merge`: a plain model of a base model and a run's adapter, which gives the same logits."""
+
+from pathlib import Path
+
+from kit.console import quiet_libraries, say
+from kit.errors import UserError
+from kit.model.adapter_files import merge_adapter
+from kit.model.alignment import check_alignment
+from kit.model.loading import holds_adapter, load_adapted
+from kit.model.saving import save_model, saved_model_difference
+from kit.model.tokenizer import load_tokenizer
+from kit.recipe.loading import load_recipe
+from kit.recipe.models import ModelSection
+from kit.training.run_directory import RunDirectory
+
+
+def merge(target: str, output: str | None) -> None:
+    """Merge an adapter into its base model, compare their logits, and write the plain model.
+
+    Args:
+        target: a run directory, or a folder with an adapter, such as a checkpoint.
+        output: the folder to write; by default `merged` in the run directory.
+
+    Raises:
+        UserError: there is no adapter, its base model is not there or is another one, it cannot be merged, or the
+            folder is there already.
+    """
+    quiet_libraries()
+    directory = RunDirectory(target)
+    if not directory.path.is_dir():
+        raise UserError(f"{target}: no such folder; expected a run directory, or a folder with an adapter")
+    is_run = directory.recipe.is_file()
+    if is_run and not directory.model.is_dir():
+        raise UserError(f"{target}: the run has no model/ yet; it is written when training ends")
+    section = load_recipe(directory.recipe).model if is_run else ModelSection(name_or_path=target)
+    source = ModelSection(name_or_path=str(directory.model if is_run else directory.path))
+    if not holds_adapter(source):
+        raise UserError(f"{source.name_or_path}: nothing to merge: no adapter, or one that is merged already")
+    if output is None and not is_run:
+        raise UserError("--output: the folder to write the plain model to; only a run directory has a place for it")
+    folder = Path(output) if output else directory.path / "merged"
+    if folder.exists():
+        raise UserError(
+            f"{folder} is there already"
+            + ("" if output else f": {target} is merged")
+            + "; remove it, or choose another "
+            "folder with --output"
+        )
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--output: the folder that `{folder}` would be in does not exist")
+    tokenizer = load_tokenizer(source, Path(), lambda: (), lambda: "")
+    adapted = load_adapted(source.name_or_path, section)
+    check_alignment(adapted.get_base_model(), tokenizer, block_size=1)
+    merged, difference = merge_adapter(adapted)
+    save_model(merged, tokenizer, folder)
+    saved_model_difference(merged, folder)
+    if is_run:
+        directory.note(merged_logits_differ_by=difference)
+    say(f"merged: the largest difference of a logit is {difference:.1g} of the largest logit, which is rounding")
+    say(f"model: {folder}, which `from_pretrained` loads alone; loaded again it gives the same logits, bit for bit")

@@ -1,0 +1,278 @@
+"""Adapters as files: saved with what they belong to, loaded onto the same base again, merged into it."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from kit.errors import UserError, is_out_of_memory
+from kit.files import hash_array, hash_file, hash_values, read_json, write_json
+from kit.model.adapter import adapter_type, are_tied, plain_embeddings
+from kit.model.new_rows import new_row_ids, train_new_rows
+from kit.recipe.adapter import PEFT_ERRORS, peft_reason
+
+_RECORD, _ROWS_FILE = "base.json", "new_rows.safetensors"
+# Facts that must agree, what is easiest to mend first.
+_COMPARED = {
+    "model_type": "model_type",
+    "rows": "the rows of its embeddings",
+    "dtype": "weights in",
+    "fingerprint": "weights with the fingerprint",
+}
+
+
+# ---- saved, and loaded onto the same base again
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseFacts:
+    """What tells one base model from another, whatever folder it lies in; `rows` are those of its embeddings."""
+
+    name: str | None
+    revision: str | None
+    model_type: str
+    dtype: str
+    rows: int
+    fingerprint: str
+    load_in_4bit: bool = False
+
+
+def base_facts(model: PreTrainedModel, name: str | None = None, revision: str | None = None) -> BaseFacts:
+    """Return the facts of a base model as it was loaded: before its embeddings grow and before an adapter.
+
+    The fingerprint covers each tensor's name, shape, type and values; it reads all weights once.
+
+    Args:
+        model: the model.
+        name: its folder or its name on the Hub.
+        revision: what was asked for on the Hub; where the commit is known, that is what is kept.
+    """
+    tensors = []
+    for key, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        tensors.append((key, str(tensor.dtype), list(tensor.shape), hash_array(values)))
+    return BaseFacts(
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None) or revision,
+        model_type=model.config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        rows=len(model.get_input_embeddings().weight),
+        fingerprint=hash_values(tensors),
+        load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter in a model, and what belongs to it in a file.
+
+    Attributes:
+        model: what `add_adapter` returned.
+        base: facts of the base model as it was loaded.
+        added_ids: of all tokens that were added to it, if they may be more than those whose rows train.
+    """
+
+    model: PeftModel
+    base: BaseFacts
+    added_ids: Sequence[int] = ()
+
+    def write(self, folder: str | Path) -> None:
+        """Write the adapter in peft's format into a folder that exists, with the rows that the base does not have.
+
+        What stands in `base.json` says which model it belongs to; configuration and generation settings are those of
+        the model with its new tokens.
+        """
+        folder, plain = Path(folder), self.model.get_base_model()
+        size, trained = len(plain_embeddings(plain)[0].weight), list(new_row_ids(plain) or ())
+        added = {*self.added_ids, *trained, *range(self.base.rows, size)}
+        ids, config = torch.tensor(sorted(added), dtype=torch.long), self.model.peft_config[self.model.active_adapter]
+        config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
+        # peft would save the whole embeddings where they have grown, and look on the Hub whether they have.
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink()  # peft's, a form that nobody has filled in
+        plain.config.save_pretrained(folder)
+        if plain.can_generate():
+            plain.generation_config.save_pretrained(folder)
+        if added:
+            rows = {key: whole.detach()[ids.to(whole.device)].cpu() for key, whole in _matrices(plain).items()}
+            save_file({"ids": ids, **rows}, folder / _ROWS_FILE)
+        files = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        facts = {"rows_with_new_tokens": size, "trained_ids": trained, "files": files}
+        write_json(folder / _RECORD, {**dataclasses.asdict(self.base), **facts})
+
+    def restore(self, folder: str | Path) -> None:
+        """Take the weights that `write` wrote of this very adapter, in place.
+
+        Raises:
+            RuntimeError: they are another adapter's.
+        """
+        folder = Path(folder)
+        record = read_adapter(folder)
+        weights = load_peft_weights(str(folder), device=str(self.model.device))
+        ours = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        if differing := ours.keys() ^ weights.keys():
+            raise RuntimeError(f"{folder} and the adapter in memory differ: {sorted(differing)[:5]}")
+        set_peft_model_state_dict(self.model, weights)
+        _restore_rows(self.model.get_base_model(), folder, record)
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return what has a row for each token: input embeddings, and of the head what is not tied to them."""
+    inputs, *head = embeddings = plain_embeddings(model)
+    found = {"input": inputs.weight}
+    if head and not are_tied(embeddings):
+        found["output"] = head[0].weight
+    if head and head[0].bias is not None:
+        found["output_bias"] = head[0].bias
+    return found
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Tell whether a folder holds an adapter rather than a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, base: BaseFacts | None = None, trainable: bool = False
+) -> PeftModel:
+    """Put a saved adapter, and the rows of its new tokens, into the base model that it was trained on, in place.
+
+    Args:
+        model: the base model as it was loaded; its embeddings grow here, and special ids become those of the adapter.
+        folder: what `Adapter.write` wrote.
+        base: facts of `model`, if they are known already; else they are taken here, which reads all weights once.
+        trainable: whether adapter and rows are to train on.
+
+    Raises:
+        UserError: the folder holds no whole adapter of the kit, or the model is not the one that it belongs to.
+    """
+    folder = Path(folder)
+    record = read_adapter(folder)
+    base = base or base_facts(model)
+    of = " at ".join(part for part in (record["name"], record["revision"]) if part) or "a model without a name"
+    for key, what in _COMPARED.items():
+        if getattr(base, key) != record[key]:
+            raise UserError(
+                f"{folder}: this adapter belongs to another base model, {of}: expected {what} {record[key]}, found "
+                f"{getattr(base, key)}"
+            )
+    if (rows := record["rows_with_new_tokens"]) > base.rows:
+        with torch.random.fork_rng():
+            model.resize_token_embeddings(rows, mean_resizing=False)
+    _restore_rows(model, folder, record)
+    _restore_ids(model, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a name that peft uses of transformers
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    if trainable and record["trained_ids"]:
+        train_new_rows(model, record["trained_ids"])
+    return adapted
+
+
+def _restore_rows(model: PreTrainedModel, folder: Path, record: dict[str, Any]) -> None:
+    if _ROWS_FILE in record["files"]:
+        saved = load_file(folder / _ROWS_FILE)
+        for key, whole in _matrices(model).items():
+            whole.data[saved["ids"].to(whole.device)] = saved[key].to(whole.device)
+
+
+def _restore_ids(model: PreTrainedModel, folder: Path) -> None:
+    """Take over special ids and generation settings, which new tokens and their roles may have changed."""
+    ours, saved = (config.get_text_config() for config in (model.config, type(model.config).from_pretrained(folder)))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(ours, name, getattr(saved, name, None))
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def read_adapter(folder: str | Path) -> dict[str, Any]:
+    """Return what `base.json` says of an adapter: the fields of `BaseFacts`, its rows and files.
+
+    Raises:
+        UserError: the folder holds no whole adapter of the kit.
+    """
+    folder = Path(folder)
+    try:
+        record = read_json(folder / _RECORD)
+        kept = {"rows_with_new_tokens", "trained_ids", *(f.name for f in dataclasses.fields(BaseFacts))} <= set(record)
+        whole = kept and all(hash_file(folder / name) == found for name, found in record["files"].items())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: no adapter of the kit: {Path(error.filename).name} is missing; of one that peft alone wrote, "
+            f"`PeftModel.from_pretrained(…).merge_and_unload()` makes a plain model"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{folder}: the adapter is damaged: its files are not those that {_RECORD} names")
+    return record
+
+
+# ---- merged
+
+
+def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
+    """Merge an adapter into its base model, in place, and compare logits on a fixed batch before and after.
+
+    A merged weight is the rounded sum of two that were multiplied apart, so logits differ by rounding: in float32 by
+    some 1e-6 of the largest one, by 1e-4 where the adapter outweighs the base hundreds of times. `MERGE_TOLERANCE` is
+    above that; a wrong merge differs by what the adapter does, which is more wherever something was learned.
+
+    Returns:
+        The plain model, and the largest absolute difference of its logits, relative to the largest absolute logit.
+
+    Raises:
+        UserError: the model has no adapter, or is merged already; its weights are quantised; peft cannot merge this
+            type of adapter.
+        RuntimeError: the merged model gives other logits.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError(f"merge: this {type(model).__name__} is a plain model: it has no adapter, or is merged already")
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise UserError("merge: the adapter is merged already")
+    plain, kind = model.get_base_model(), adapter_type(model).lower()
+    if getattr(plain, "is_quantized", False):
+        raise UserError(
+            "merge: a merge into quantised weights would round the adapter away; load the base without `load_in_4bit`"
+        )
+    expected = _logits(plain)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (*PEFT_ERRORS, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"merge: peft cannot merge an adapter of type {kind}: {peft_reason(error)}") from None
+    difference = merged_difference(expected, _logits(merged))
+    if not difference <= MERGE_TOLERANCE[merged.dtype]:
+        raise RuntimeError(f"the merged model gives other logits than the adapted one: by {difference:.2g} of them")
+    return merged, difference
+
+
+# Of the largest logit. In 16 bits each merged weight is rounded, which moves logits as storing the model so does.
+MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def merged_difference(adapted: torch.Tensor, merged: torch.Tensor) -> float:
+    """Return the largest absolute difference of two models' logits, relative to the largest absolute logit."""
+    return ((adapted - merged).abs().max() / adapted.abs().max().clamp(min=1e-30)).item()
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return logits of a fixed batch, as `kit.model.saving` draws it, without dropout."""
+    config = model.config.get_text_config()
+    positions = min(64, getattr(config, "max_position_embeddings", None) or 64)
+    ids = torch.randint(config.vocab_size, (2, positions), generator=torch.Generator().manual_seed(0))
+    was_training = model.training
+    logits = model.eval()(ids.to(model.device), use_cache=False).logits
+    model.train(was_training)
+    return logits.double()
