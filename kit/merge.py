@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from transformers.utils import ADAPTER_CONFIG_NAME
+
 from kit.console import quiet_libraries, say
 from kit.errors import UserError
-from kit.model.adapter_files import merge_adapter
+from kit.model.adapter_files import merge_adapter, read_adapter
 from kit.model.alignment import check_alignment
-from kit.model.loading import holds_adapter, load_adapted
+from kit.model.loading import load_adapted
 from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import load_tokenizer
 from kit.recipe.loading import load_recipe
@@ -33,9 +35,10 @@ def merge(target: str, output: str | None) -> None:
     if is_run and not directory.model.is_dir():
         raise UserError(f"{target}: the run has no model/ yet; it is written when training ends")
     section = load_recipe(directory.recipe).model if is_run else ModelSection(name_or_path=target)
-    source = ModelSection(name_or_path=str(directory.model if is_run else directory.path))
-    if not holds_adapter(source):
-        raise UserError(f"{source.name_or_path}: nothing to merge: no adapter, or one that is merged already")
+    source = directory.model if is_run else directory.path
+    if not (source / ADAPTER_CONFIG_NAME).is_file():
+        raise UserError(f"{source}: nothing to merge: no adapter, or one that is merged already")
+    read_adapter(source)
     if output is None and not is_run:
         raise UserError("--output: the folder to write the plain model to; only a run directory has a place for it")
     folder = Path(output) if output else directory.path / "merged"
@@ -48,8 +51,8 @@ def merge(target: str, output: str | None) -> None:
         )
     if not folder.absolute().parent.is_dir():
         raise UserError(f"--output: the folder that `{folder}` would be in does not exist")
-    tokenizer = load_tokenizer(source, Path(), lambda: (), lambda: "")
-    adapted = load_adapted(source.name_or_path, section)
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(source)), Path(), lambda: (), lambda: "")
+    adapted = load_adapted(source, section, dequantize=True)
     check_alignment(adapted.get_base_model(), tokenizer, block_size=1)
     merged, difference = merge_adapter(adapted)
     save_model(merged, tokenizer, folder)

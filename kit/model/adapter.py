@@ -23,6 +23,7 @@ from kit.console import warn
 from kit.errors import UserError, did_you_mean
 from kit.model.headers import fold_names
 from kit.model.new_rows import is_new_rows, train_new_rows
+from kit.model.quantization import number_of_values
 from kit.recipe.adapter import PEFT_ERRORS, AdapterSection, check_adapter, peft_reason
 
 # They are defined on certain layers, which peft knows per architecture.
@@ -192,7 +193,7 @@ def describe_adapter(model: PeftModel) -> AdapterDescription:
         type=adapter_type(model),
         parameters=sum(trained.values()) - rows,
         new_row_parameters=rows,
-        base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        base_parameters=sum(number_of_values(p) for p in model.parameters() if not p.requires_grad),
         target_modules=tuple(model.base_model.targeted_module_names),
     )
 

@@ -1,5 +1,6 @@
 """Adapters as files: saved with what they belong to, loaded onto the same base again, merged into it."""
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -94,12 +95,16 @@ class Adapter:
         folder, plain = Path(folder), self.model.get_base_model()
         size, trained = len(plain_embeddings(plain)[0].weight), list(new_row_ids(plain) or ())
         added = {*self.added_ids, *trained, *range(self.base.rows, size)}
-        ids, config = torch.tensor(sorted(added), dtype=torch.long), self.model.peft_config[self.model.active_adapter]
-        config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
+        ids = torch.tensor(sorted(added), dtype=torch.long)
+        of_peft = self.model.peft_config[self.model.active_adapter]
+        of_peft.base_model_name_or_path, of_peft.revision = self.base.name, self.base.revision
         # peft would save the whole embeddings where they have grown, and look on the Hub whether they have.
         self.model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink()  # peft's, a form that nobody has filled in
-        plain.config.save_pretrained(folder)
+        config = copy.deepcopy(plain.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # is said in the record; here it would quantise the merged model
+        config.save_pretrained(folder)
         if plain.can_generate():
             plain.generation_config.save_pretrained(folder)
         if added:
@@ -136,11 +141,6 @@ def _matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return found
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Tell whether a folder holds an adapter rather than a whole model."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
 def load_adapter(
     model: PreTrainedModel, folder: str | Path, base: BaseFacts | None = None, trainable: bool = False
 ) -> PeftModel:
@@ -172,6 +172,7 @@ def load_adapter(
     _restore_ids(model, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a name that peft uses of transformers
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # which peft then sets right
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     if trainable and record["trained_ids"]:
         train_new_rows(model, record["trained_ids"])

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from kit.errors import UserError
 from kit.model.new_rows import is_new_rows
+from kit.model.quantization import number_of_values
 from kit.recipe.freezing import FreezingSection
 from kit.recipe.models import Recipe
 
@@ -63,5 +64,5 @@ def check_new_tokens(section: FreezingSection | None, number: int) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters there are, and how many train: of a frozen matrix, the new rows alone."""
-    total = sum(p.numel() for name, p in model.named_parameters() if not is_new_rows(name))
+    total = sum(number_of_values(p) for name, p in model.named_parameters() if not is_new_rows(name))
     return total, sum(p.numel() for p in model.parameters() if p.requires_grad)

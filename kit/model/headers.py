@@ -15,7 +15,7 @@ from safetensors import safe_open
 from kit.console import warn
 from kit.errors import UserError
 from kit.files import read_json
-from kit.model.hub import check_weights, from_hub
+from kit.model.hub import check_weights, from_hub, is_adapter
 from kit.network import why_offline
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -85,6 +85,8 @@ def _local_headers(name: str, folder: Path) -> list[StoredTensor]:
     elif (folder / _INDEX).is_file():
         placed = read_json(folder / _INDEX)["weight_map"]
         files = sorted(set(placed.values()))
+    elif is_adapter(folder):
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
     else:
         raise UserError(f"`{name}` has neither {_SINGLE} nor {_INDEX}; nothing else is read")
     tensors = []

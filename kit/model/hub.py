@@ -12,6 +12,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import __version__
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from kit.errors import UserError, did_you_mean, is_out_of_memory
 from kit.network import why_offline
@@ -57,6 +58,11 @@ def from_hub(key: str, name: str, revision: str | None = None, file: str = "conf
         if is_out_of_memory(error):
             raise
         raise UserError(f"{key}: {_explain(name, revision, file, error)}") from error
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Tell whether a folder holds an adapter as the kit writes it: with the configuration of the whole model."""
+    return all((Path(folder) / name).is_file() for name in (ADAPTER_CONFIG_NAME, CONFIG_NAME))
 
 
 def check_weights(key: str, name: str) -> None:

@@ -10,12 +10,14 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from kit.console import quiet_libraries, say, table, warn
 from kit.errors import UserError, did_you_mean
+from kit.files import read_json
 from kit.model.architecture import Architecture, build_architecture, in_order
 from kit.model.headers import StoredTensor, fold_names, number_ranges, read_headers, read_tensor
-from kit.model.hub import expand, from_hub
+from kit.model.hub import expand, from_hub, is_adapter
 from kit.model.tokenizer import lacks_tokenizer
 
 # What changes how a model computes and is easily overlooked; shown where it is set.
@@ -51,9 +53,10 @@ def inspect_model(name: str, *, revision: str | None, values: str | None, show_a
     if values is not None:
         _print_values(name, revision, config, tensors, values)
         return
-    architecture = _try_to_build(config, tensors)
-    say(f"Model {name}" + (f" at {revision}" if revision else ""), style="bold")
-    for label, text in _facts(config, architecture, tensors):
+    adapter = is_adapter(name)
+    architecture = None if adapter else _try_to_build(config, tensors)
+    say(f"{'Adapter' if adapter else 'Model'} {name}" + (f" at {revision}" if revision else ""), style="bold")
+    for label, text in _facts_of_adapter(name) if adapter else _facts(config, architecture, tensors):
         say(f"  {label:<16}  {text}")
     tensors = in_order(tensors, architecture)
     rows, folded = (tensors, []) if show_all else _fold(tensors)
@@ -71,7 +74,7 @@ def _model_folder(name: str) -> str:
         return _model_folder(str(path / "model"))
     if (path / "recipe.yaml").is_file() or (path / "manifest.json").is_file():
         raise UserError(f"{name}: the run has no model/ yet; it is written when training ends")
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG_NAME).is_file():
         raise UserError(f"{name} holds an adapter (adapter_config.json), not a whole model")
     raise UserError(f"{name} has no config.json; expected a model folder, a run directory or a name on the Hub")
 
@@ -168,6 +171,29 @@ def _facts(
     known = text.to_dict()  # without the other names of a value that `getattr` knows too
     if notable := {key: value for key in _NOTABLE if (value := known.get(key))}:
         yield "notable", _flat(notable)
+
+
+def _facts_of_adapter(folder: str) -> Iterator[tuple[str, str]]:
+    """Yield what an adapter is and which model it belongs to, as label and text."""
+    from kit.model.adapter_files import read_adapter  # peft's import takes seconds
+
+    record, settings = read_adapter(folder), read_json(Path(folder) / ADAPTER_CONFIG_NAME)
+    given = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    yield "type", settings["peft_type"].lower() + "".join(f", {key} {n}" for key, n in given.items() if n is not None)
+    targets = settings.get("target_modules") or ()
+    yield "in", targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    at = f" at {record['revision']}" if record["revision"] else ""
+    yield (
+        "base model",
+        f"{record['name']}{at} (model_type {record['model_type']}, {record['rows']:,} rows of embeddings)",
+    )
+    yield (
+        "its weights",
+        f"{record['dtype']}{', held in 4 bits' if record['load_in_4bit'] else ''}; "
+        + (f"fingerprint {record['fingerprint']}"),
+    )
+    if added := record["rows_with_new_tokens"] - record["rows"]:
+        yield "new rows", f"{added:,}, of which {len(record['trained_ids']):,} have trained"
 
 
 def _count(value: Any) -> str:

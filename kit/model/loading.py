@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME
 
 from kit.console import say, warn
 from kit.errors import UserError, did_you_mean, is_out_of_memory
 from kit.files import hash_file, hash_values
 from kit.model.alignment import check_embeddings, check_ids, check_positions, check_special_ids
-from kit.model.hub import check_weights, expand, from_hub
+from kit.model.hub import check_weights, expand, from_hub, is_adapter
+from kit.model.quantization import check_quantization, copy_dequantized, keep_unpacked, quantization_config
 from kit.recipe.models import ModelSection
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | N
     name = expand(section.name_or_path)
     config = check_pretrained(section, block_size=1)
     options["attn_implementation"] = _attention(section, config)
+    if section.load_in_4bit:
+        check_quantization(section.load_in_4bit)
+        options["quantization_config"] = quantization_config(options["dtype"])
     # On the Hub a bot offers conversions of pickled weights, which transformers would take from its branch: a commit
     # other than the one that was asked for, which nobody has looked at.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -76,6 +79,7 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | N
         )
     _check_complete(name, info)
     check_embeddings(model)
+    keep_unpacked(model)
     if model.can_generate() and model.generation_config._from_model_config:
         # Made from the file, without what the recipe overrides in it.
         for key in {"bos_token_id", "eos_token_id", "pad_token_id"} & section.config.keys():
@@ -85,20 +89,21 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | N
 
 def holds_adapter(section: ModelSection) -> bool:
     """Tell whether a recipe's model is a folder with an adapter rather than a whole model."""
-    return section.name_or_path is not None and (Path(expand(section.name_or_path)) / ADAPTER_CONFIG_NAME).is_file()
+    return section.name_or_path is not None and is_adapter(expand(section.name_or_path))
 
 
-def load_adapted(folder: str | Path, section: ModelSection) -> "PeftModel":
+def load_adapted(folder: str | Path, section: ModelSection, dequantize: bool = False) -> "PeftModel":
     """Load the base model that an adapter belongs to, with the adapter in it, not merged.
 
     Args:
         folder: what `Adapter.write` wrote.
         section: how the base is to be loaded; what the adapter's record knows of it counts instead.
+        dequantize: hold the base in `dtype` where it was in 4 bits, with the values that it had there.
 
     Raises:
         UserError: the base cannot be loaded or is another one, or the adapter is damaged.
     """
-    from kit.model.adapter_files import load_adapter, read_adapter  # peft's import takes seconds
+    from kit.model.adapter_files import base_facts, load_adapter, read_adapter  # peft's import takes seconds
 
     record = read_adapter(folder)
     known = {"name_or_path": record["name"], "revision": record["revision"], "load_in_4bit": record["load_in_4bit"]}
@@ -107,7 +112,12 @@ def load_adapted(folder: str | Path, section: ModelSection) -> "PeftModel":
         check_pretrained(base, block_size=1)
     except UserError as error:
         raise UserError(f"{folder}: the base model that this adapter belongs to cannot be used: {error}") from None
-    return load_adapter(load_causal_lm(base, None, seed=0), folder)
+    model = load_causal_lm(base, None, seed=0)
+    facts = base_facts(model)
+    if dequantize and base.load_in_4bit:
+        quantized, model = model, load_causal_lm(base.model_copy(update={"load_in_4bit": False}), None, seed=0)
+        copy_dequantized(quantized, model)
+    return load_adapter(model, folder, facts)
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ from kit.errors import UserError
 from kit.model.freezing import check_new_tokens, count_parameters
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
 from kit.model.parts import adapter_names, block_parameters, find_parts, select
+from kit.model.quantization import number_of_values
 from kit.recipe.freezing import FreezingSection, Parts, PhaseSection
 from kit.training.parameter_groups import (
     GroupRule,
@@ -221,7 +222,7 @@ def plan_as_rows(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArgum
             {"part": of_part[name], "tensors": 0, "parameters": 0, "learning_rate": rate, "from_step": start},
         )
         row["tensors"] += 1
-        row["parameters"] += parameter.numel()
+        row["parameters"] += number_of_values(parameter)
         if name in frozen_matrices and new_rows:
             row["parameters"] -= _own_rows(model, parameter)
     return _merge_blocks(list(rows.values()))

@@ -57,7 +57,12 @@ class KitTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """Set up; the remaining arguments are Trainer's."""
+        # So Trainer knows of the adapter: it would refuse a model in 4 bits, as one that nothing can train in. It is
+        # taken back, since transformers would save and load the adapter alone, without new tokens.
+        model = kwargs["model"]
+        model._hf_peft_config_loaded = adapter is not None
         super().__init__(*args, **kwargs)
+        del model._hf_peft_config_loaded
         self.task = task
         self.measure = measure
         self.preemption = preemption

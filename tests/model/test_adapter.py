@@ -16,7 +16,6 @@ from kit.model.adapter import (
 from kit.model.adapter_files import Adapter, base_facts, load_adapter, merge_adapter, merged_difference
 from kit.model.embeddings import resize_and_initialise
 from kit.model.new_rows import is_new_rows, new_row_ids
-from kit.model.quantization import check_quantization
 from kit.model.vocabulary import extend_tokenizer
 from kit.recipe.adapter import AdapterSection
 from kit.recipe.vocabulary import VocabularySection
@@ -422,18 +421,3 @@ def test_merged_difference_is_relative():
     before = torch.tensor([1.0, -4.0])
     assert merged_difference(before, before) == 0.0
     assert merged_difference(before, torch.tensor([1.0, -3.0])) == 0.25
-
-
-@pytest.mark.parametrize("device", [False, True])
-@pytest.mark.parametrize("library", [None, object()])
-def test_quantization(monkeypatch, device, library):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: device)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: library)
-    check_quantization(False)
-    if device and library:
-        check_quantization(True)
-        return
-    with pytest.raises(UserError, match="load_in_4bit") as error:
-        check_quantization(True)
-    assert ("CUDA device" in str(error.value)) == (not device)
-    assert ("bitsandbytes" in str(error.value)) == (library is None)
