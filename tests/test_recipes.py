@@ -42,6 +42,7 @@ SIZES = {
 def test_the_sweep_sees_every_file():
     assert list(RECIPES) == [
         "chat/lm_gpt2_chat.yaml",
+        "chat/lm_gpt2_lora-tokens.yaml",
         "chat/lm_gpt2_new-tokens.yaml",
         "offline/lm_gpt2_adapt.yaml",
         "offline/lm_gpt2_control.yaml",
@@ -54,9 +55,11 @@ def test_the_sweep_sees_every_file():
         "text/lm_gpt2_full.yaml",
         "text/lm_gpt2_gradual.yaml",
         "text/lm_gpt2_layer-decay.yaml",
+        "text/lm_gpt2_lora.yaml",
         "text/lm_gpt2_scratch.yaml",
         "text/lm_gpt2_words.yaml",
         "text/lm_qwen3_full.yaml",
+        "text/lm_qwen3_qlora.yaml",
         "text/lm_smollm2_full.yaml",
     ]
     assert [path.stem for path in LAUNCH_FILES] == ["cpu_2proc"]
@@ -65,6 +68,9 @@ def test_the_sweep_sees_every_file():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkeypatch, capsys):
     recipe = load_recipe(RECIPES[name])
+    if recipe.model.load_in_4bit:  # which bitsandbytes can do on a CPU, though too slowly for use
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        monkeypatch.setattr("kit.model.quantization._has_device", lambda: True)
     overrides = {
         **model_overrides(recipe, tiny_models),
         **data_overrides(recipe, tmp_path),

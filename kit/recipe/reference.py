@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from kit.recipe.adapter import REFUSED_KEYS, REFUSED_TYPES
 from kit.recipe.models import Recipe
 from kit.recipe.section import Section
 from kit.recipe.shipped import find_recipe
@@ -73,6 +74,7 @@ _EXAMPLES = {
     "data": "text/lm_gpt2_full",
     "vocabulary": "chat/lm_gpt2_chat",
     "freezing": "chat/lm_gpt2_new-tokens",
+    "adapter": "text/lm_gpt2_lora",
     "training": "text/lm_gpt2_full",
     "evaluation": "offline/lm_gpt2_adapt",
     "run": "text/lm_gpt2_full",
@@ -102,6 +104,7 @@ def reference_text() -> str:
         for section in sections:
             shown.add(section)
             parts += [_fields_table(section), *_below(section, shown)]
+        parts += _adapter_tables() if name == "adapter" else []
     return "\n".join(part for part in parts if part)
 
 
@@ -141,6 +144,13 @@ def _training_tables() -> Iterator[str]:
     yield _table(("key", "reason"), _by_reason(REFUSED))
     yield "### Names that transformers no longer has\n"
     yield _table(("key", "instead"), _by_reason(REMOVED))
+
+
+def _adapter_tables() -> Iterator[str]:
+    yield "### Keys of peft that the kit does not take\n"
+    yield _table(("key", "reason"), _by_reason(REFUSED_KEYS))
+    yield "### Types of peft that the kit does not take\n"
+    yield _table(("type", "reason"), _by_reason({name.lower(): reason for name, reason in REFUSED_TYPES.items()}))
 
 
 def _by_reason(names: dict[str, str]) -> Iterator[list[str]]:
