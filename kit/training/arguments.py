@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -15,6 +16,7 @@ from kit.errors import UserError, did_you_mean
 from kit.model.freezing import check_sharding
 from kit.model.precision import has_accelerator, supports_bf16
 from kit.recipe.models import Recipe
+from kit.training.parameter_groups import check_follows_steps, check_takes_groups
 
 
 def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path) -> tuple[TrainingArguments, str]:
@@ -55,6 +57,7 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
     _check_buildable(args)
+    _check_plan(recipe, args)
     if args.device.type == "cpu" and (args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         raise UserError("FSDP and DeepSpeed are ignored on CPUs: the run would be plain DDP; leave them out")
     if args.fp16 and args.device.type == "cpu":
@@ -121,16 +124,9 @@ def _check_buildable(args: TrainingArguments) -> None:
     Raises:
         UserError: an optimizer, scheduler or tracker cannot be built: a package or an argument of it is missing.
     """
-    parameter = torch.nn.Parameter(torch.zeros(1))
     checks = {
         "optim": lambda: Trainer.get_optimizer_cls_and_kwargs(args),
-        "lr_scheduler_type": lambda: get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([parameter], lr=args.learning_rate),
-            num_warmup_steps=args.get_warmup_steps(100),
-            num_training_steps=100,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
-        ),
+        "lr_scheduler_type": lambda: _scheduler(args),
         "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(args.report_to)],
         "use_liger_kernel": lambda: args.use_liger_kernel and __import__("liger_kernel"),
     }
@@ -139,6 +135,24 @@ def _check_buildable(args: TrainingArguments) -> None:
             build()
         except Exception as error:  # each fails in its own way
             raise UserError(f"training.{key}: {' '.join(f'{type(error).__name__}: {error}'.split())[:400]}") from error
+
+
+def _scheduler(args: TrainingArguments) -> LRScheduler:
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+        num_warmup_steps=args.get_warmup_steps(100),
+        num_training_steps=100,
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+    )
+
+
+def _check_plan(recipe: Recipe, args: TrainingArguments) -> None:
+    """Check that optimizer and schedule can follow what the recipe freezes; it is told again when they are made."""
+    if recipe.freezing or recipe.adapter:
+        check_takes_groups(*Trainer.get_optimizer_cls_and_kwargs(args))
+    if recipe.freezing and any(phase.warmup_steps for phase in recipe.freezing.schedule):
+        check_follows_steps(_scheduler(args))
 
 
 def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:

@@ -205,9 +205,10 @@ def _depths(model: PreTrainedModel) -> dict[str, int]:
 
 
 def plan_as_rows(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArguments) -> list[dict[str, Any]]:
-    """Return the plan part by part, in the model's order: tensors, parameters, peak learning rate, first step.
+    """Return the plan part by part, in the model's order.
 
-    Blocks in a row that train alike are one entry, and so are the tensors of a part that do.
+    Each has its tensors and parameters, their share of all, the peak learning rate, the phase that it trains from (from
+    1 on), and the steps before that. Blocks that train alike are one entry, and so are the tensors of a part that do.
     """
     of_part = _labels(model)
     frozen_matrices = _matrices_of_new_rows(model)
@@ -216,16 +217,18 @@ def plan_as_rows(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArgum
     new_rows = sum(p.numel() for name, p in model.named_parameters() if is_new_rows(name))
     for name, parameter in model.named_parameters():
         how = settings.get(name)
-        rate, start = (how.learning_rate, plan.phases[how.first_phase].start) if how else (None, None)
+        rate, phase = (how.learning_rate, how.first_phase + 1) if how else (None, None)
+        start = plan.phases[how.first_phase].start if how else None
+        counted = {"part": of_part[name], "tensors": 0, "parameters": 0, "share": 0.0}
         row = rows.setdefault(
-            (of_part[name], rate, start),
-            {"part": of_part[name], "tensors": 0, "parameters": 0, "learning_rate": rate, "from_step": start},
+            (of_part[name], rate, phase), {**counted, "learning_rate": rate, "phase": phase, "from_step": start}
         )
         row["tensors"] += 1
         row["parameters"] += number_of_values(parameter)
         if name in frozen_matrices and new_rows:
             row["parameters"] -= _own_rows(model, parameter)
-    return _merge_blocks(list(rows.values()))
+    merged, total = _merge_blocks(list(rows.values())), count_parameters(model)[0]
+    return [{**row, "share": row["parameters"] / total} for row in merged]
 
 
 def _merge_blocks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -271,13 +274,19 @@ def print_plan(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArgumen
     """Print what trains, from which step on and at which peak learning rate."""
     total, trainable = count_parameters(model)
     cells = [
-        [row["part"], f"{row['tensors']:,}", f"{row['parameters']:,}", f"{row['parameters'] / total:.2%}"]
-        + (["frozen", ""] if row["learning_rate"] is None else [f"{row['learning_rate']:.3g}", f"{row['from_step']:,}"])
+        [row["part"], f"{row['tensors']:,}", f"{row['parameters']:,}", f"{row['share']:.2%}", *_when(row)]
         for row in plan_as_rows(model, plan, args)
     ]
-    table("Freezing", ["part", "tensors", "parameters", "share", "learning rate", "from step"], cells)
+    table("Freezing", ["part", "tensors", "parameters", "share", "learning rate", "phase"], cells)
     when = " in the end" if len(plan.phases) > 1 else ""
     say(f"{trainable:,} of {total:,} parameters train{when} ({trainable / total:.2%})")
+
+
+def _when(row: dict[str, Any]) -> list[str]:
+    if row["phase"] is None:
+        return ["frozen", ""]
+    start = f", after step {row['from_step']:,}" if row["from_step"] else ""
+    return [f"{row['learning_rate']:.3g}", f"{row['phase']}{start}"]
 
 
 # ---- proven

@@ -175,21 +175,31 @@ def make_groups(
     ]
 
 
-def make_optimizer(
-    groups: list[dict[str, Any]], optimizer_cls: Any, optimizer_kwargs: dict[str, Any]
-) -> torch.optim.Optimizer:
-    """Return an optimizer of these groups, with what `Trainer.get_optimizer_cls_and_kwargs` returns.
+def check_takes_groups(optimizer_cls: Any, optimizer_kwargs: dict[str, Any]) -> None:
+    """Check what `Trainer.get_optimizer_cls_and_kwargs` returns.
 
     Raises:
-        UserError: it chooses its parameters by itself, so that rates and phases would be lost.
+        UserError: the optimizer chooses its parameters by itself, so that rates and phases would be lost.
     """
     if is_optimizer_factory(optimizer_cls) or _OWN_PARAMETERS & optimizer_kwargs.keys():
         name = getattr(optimizer_cls, "__name__", optimizer_cls)
         raise UserError(
             f"training.optim: {name} divides the parameters in a way of its own and knows no rates or phases of "
-            f"`freezing`; expected one that takes groups, such as `adamw_torch`"
+            f"`freezing`, and no `adapter`; expected one that takes groups, such as `adamw_torch`"
         )
-    return optimizer_cls(groups, **optimizer_kwargs)
+
+
+def check_follows_steps(scheduler: LRScheduler) -> None:
+    """Check that a schedule can begin anew with a phase.
+
+    Raises:
+        UserError: it is no function of the step alone.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise UserError(
+            f"training.lr_scheduler_type: found {type(scheduler).__name__}, which follows the loss and cannot begin "
+            f"anew with a phase; expected one that follows the steps, such as `linear`, or no warmup of phases"
+        )
 
 
 def group_lambdas(
@@ -231,10 +241,6 @@ def with_rewarmup(scheduler: LRScheduler, phases: Sequence[Phase]) -> LRSchedule
     """
     if not any(phase.warmup_steps for phase in phases):
         return scheduler
-    if not isinstance(scheduler, LambdaLR):
-        raise UserError(
-            f"training.lr_scheduler_type: found {type(scheduler).__name__}, which follows the loss and cannot begin "
-            f"anew with a phase; expected one that follows the steps, such as `linear`, or no warmup of phases"
-        )
+    check_follows_steps(scheduler)
     optimizer = scheduler.optimizer
     return LambdaLR(optimizer, group_lambdas(optimizer.param_groups, scheduler.lr_lambdas, phases))

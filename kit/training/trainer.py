@@ -20,7 +20,7 @@ from kit.model.adapter_files import Adapter
 from kit.model.new_rows import is_new_rows
 from kit.training.checkpoints import complete_checkpoint
 from kit.training.freezing import FreezingPlan
-from kit.training.parameter_groups import make_optimizer, with_rewarmup
+from kit.training.parameter_groups import check_takes_groups, with_rewarmup
 from kit.training.preemption import Preempted, Preemption
 from kit.training.topology import any_process, barrier, sum_over_processes
 
@@ -123,8 +123,13 @@ class KitTrainer(Trainer):
         if self.optimizer is None and self.plan:
             model = self.model if model is None else model
             groups = self.plan.groups(model, set(self.get_decay_parameter_names(model)), self.args)
-            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = make_optimizer(groups, *chosen)
+            given = self.optimizer_cls_and_kwargs
+            optimizer_cls, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+            check_takes_groups(optimizer_cls, kwargs)
+            # The way that Trainer has for optimizers which choose their parameters.
+            self.optimizer_cls_and_kwargs = optimizer_cls, {**kwargs, "params": groups}
+            super().create_optimizer(model)
+            self.optimizer_cls_and_kwargs = given
         return super().create_optimizer(model)
 
     def create_scheduler(

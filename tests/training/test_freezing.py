@@ -157,6 +157,8 @@ def test_what_is_shown(capsys):
     rows = plan_as_rows(model, plan, ARGS)
     assert sum(row["parameters"] for row in rows) == count_parameters(model)[0]
     assert sum(row["parameters"] for row in rows if row["learning_rate"]) == count_parameters(model)[1]
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert {row["phase"] for row in rows} == {None, 1}
     assert {"new tokens", "blocks 0–2", "blocks 0–3", "embeddings"} <= {row["part"] for row in rows}
     print_plan(model, plan, ARGS)
     out = capsys.readouterr().out

@@ -5,14 +5,17 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from kit.errors import UserError
+from kit.recipe.models import Recipe
+from kit.tasks import causal_lm
+from kit.training.freezing import make_plan
 from kit.training.parameter_groups import (
     FIRST_PHASE,
     GroupRule,
     Phase,
     check_phases,
+    check_takes_groups,
     group_lambdas,
     make_groups,
-    make_optimizer,
     parameter_settings,
     phase_at,
     require_all_phases,
@@ -20,6 +23,8 @@ from kit.training.parameter_groups import (
     warmup_factor,
     with_rewarmup,
 )
+from kit.training.plan import StepPlan
+from kit.training.trainer import KitTrainer
 from tests.material import make_model
 
 HEAD = frozenset({"lm_head.weight", "model.norm.weight"})
@@ -188,18 +193,47 @@ def test_names_that_are_none(model, args):
 # ---- optimizer
 
 
-def test_make_optimizer(model, args):
-    groups = make_groups(model, decay_names(model), args, thirds(model))
-    optimizer = make_optimizer(groups, *Trainer.get_optimizer_cls_and_kwargs(args))
+def make_optimizer(groups, args):
+    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    check_takes_groups(optimizer_cls, kwargs)
+    return optimizer_cls(groups, **kwargs)
+
+
+def test_an_optimizer_of_groups(model, args):
+    optimizer = make_optimizer(make_groups(model, decay_names(model), args, thirds(model)), args)
     assert [g["lr"] for g in optimizer.param_groups] == [0.01] * 6
     assert [g[FIRST_PHASE] for g in optimizer.param_groups] == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("key", ["params", "model", "optimizer_dict"])
-def test_optimizers_that_choose_by_themselves(key, model, args):
-    groups = make_groups(model, set(), args, whole(model))
+def test_optimizers_that_choose_by_themselves(key):
     with pytest.raises(UserError, match=r"training\.optim: AdamW .*adamw_torch"):
-        make_optimizer(groups, torch.optim.AdamW, {"lr": 0.1, key: None})
+        check_takes_groups(torch.optim.AdamW, {"lr": 0.1, key: None})
+
+
+def test_eight_bits_leave_embeddings_in_32(tmp_path):
+    """What Trainer does for bitsandbytes it does for a plan's groups too; the check of the matrix is Trainer's own."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from bitsandbytes.optim import GlobalOptimManager
+
+    recipe = Recipe(
+        task="causal-lm",
+        model={"name_or_path": "x"},
+        data={"train": [{"path": "x"}]},
+        freezing={"trainable": {"embeddings": True, "last_blocks": 1}},
+    )
+    model = make_model("gpt2")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, optim="adamw_bnb_8bit", report_to=[])
+    steps = StepPlan(rows=8, rows_per_step=2, steps_per_epoch=4, steps=4, args=args)
+    plan = make_plan(model, recipe.freezing, [], steps)
+    trainer = KitTrainer(
+        model=model, args=args, task=causal_lm, measure=None, preemption=None, fingerprints={}, plan=plan
+    )
+    optimizer = trainer.create_optimizer()
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+    kept = GlobalOptimManager.get_instance().module_weight_config_triple
+    assert any(module is model.transformer.wte and config == {"optim_bits": 32} for module, _, config in kept)
 
 
 # ---- schedule
@@ -228,10 +262,8 @@ def test_rates_over_a_run(kind, model, args):
 
     def build(wrapped):
         trainer = Trainer(model=model, args=args)
-        trainer.optimizer = make_optimizer(
-            make_groups(model, decay_names(model), args, phases, (), 0.5, depths(model)),
-            *Trainer.get_optimizer_cls_and_kwargs(args),
-        )
+        groups = make_groups(model, decay_names(model), args, phases, (), 0.5, depths(model))
+        trainer.optimizer = make_optimizer(groups, args)
         scheduler = trainer.create_scheduler(12)
         return trainer.optimizer, with_rewarmup(scheduler, phases) if wrapped else scheduler
 

@@ -20,7 +20,6 @@ from kit.training.callbacks.unfreezing import Unfreezing, check_gradients, froze
 from kit.training.parameter_groups import (
     Phase,
     make_groups,
-    make_optimizer,
     phase_at,
     require_all_phases,
     with_rewarmup,
@@ -50,7 +49,8 @@ class PlannedTrainer(Trainer):
             model = self.model if model is None else model
             require_all_phases(model, self.phases)
             groups = make_groups(model, set(self.get_decay_parameter_names(model)), self.args, self.phases)
-            self.optimizer = make_optimizer(groups, *self.get_optimizer_cls_and_kwargs(self.args, model))
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_cls(groups, **kwargs)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
