@@ -101,6 +101,10 @@ bench-data: $(INSTALLED)  ## Measure memory and speed of preparing a corpus
 bench-vocabulary: $(INSTALLED)  ## Compare what new words' embeddings begin as, on the demo's model
 	$(BIN)/python benchmarks/vocabulary.py $(ARGS)
 
+.PHONY: bench-freezing
+bench-freezing: $(INSTALLED)  ## Compare what to train: all, a part, phases, LoRA; bits per byte, time, memory
+	$(BIN)/python benchmarks/freezing.py $(ARGS)
+
 .PHONY: schema
 schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors
 	$(BIN)/kit schema --output recipes/recipe.schema.json

@@ -10,22 +10,23 @@ docs/vocabulary.md shows.
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
+from comparison import (
+    add_run_options,
+    add_text_options,
+    describe_setting,
+    in_words,
+    kit,
+    make_recipe,
+    read_bits_per_byte,
+    spread_of_sets,
+    write_result,
+)
 
-ROOT = Path(__file__).parents[1]
 METHODS = ("subword-mean", "mean", "mean-covariance", "random", "zeros")
-DEMO_CORPUS = {"builtin": "docstrings", "packages": ["accelerate", "datasets", "huggingface_hub", "numpy", "peft"]}
-_PLACES = ("base", "corpus", "general", "work", "output")  # of this machine
-DEMO_GENERAL = {"builtin": "python-reference", "fraction": 0.03}
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     work = Path(options.work)
     recipe, words = work / "recipe.yaml", work / "words.txt"
     work.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(yaml.safe_dump(make_recipe(options), sort_keys=False))
+    recipe.write_text(yaml.safe_dump(make_recipe(options, options.learning_rate), sort_keys=False))
     if not words.is_file():
         kit("vocabulary", "mine", recipe, "--output", words, "--count", options.words)
     runs = {}
@@ -43,60 +44,17 @@ def main() -> None:
         for method in METHODS:
             runs[method, seed] = run(recipe, work, method, seed, words)
     result = summarise(options, runs)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options, result)
     print(markdown(result))
 
 
 def read_options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="runs/lm_gpt2_pretrain/model", help="the model to extend")
-    parser.add_argument("--corpus", help="a text file of the domain (default: the demo's docstrings)")
-    parser.add_argument("--separator", default="\\n\\n\\n", help="what separates its documents")
-    parser.add_argument("--general", help="a text file of general text, one document")
+    add_text_options(parser)
     parser.add_argument("--words", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--documents", type=int, default=12, help="of an evaluation set")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/vocabulary.json"))
-    parser.add_argument("--work", default="runs/benchmark_vocabulary", help="where the runs go; finished ones are kept")
+    add_run_options(parser, "vocabulary", steps=200, documents=12, learning_rate=1e-3)
     return parser.parse_args()
-
-
-def make_recipe(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the recipe that all variants share."""
-    separator = options.separator.encode().decode("unicode_escape")
-    corpus = {"path": options.corpus, "separator": separator} if options.corpus else DEMO_CORPUS
-    general = {"path": options.general, "sample_by": "paragraph"} if options.general else DEMO_GENERAL
-    return {
-        "task": "causal-lm",
-        "model": {"name_or_path": options.base},
-        "data": {"train": [corpus], "validation": {"fraction": 0.03}, "block_size": 256},
-        "training": {
-            "max_steps": options.steps,
-            "per_device_train_batch_size": 8,
-            "learning_rate": options.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": options.steps // 10,
-            "weight_decay": 0.1,
-            "logging_steps": 50,
-            "save_strategy": "no",
-        },
-        "evaluation": {
-            "sets": {
-                "domain": {"split": "validation", "max_documents": options.documents},
-                "general": {**general, "max_documents": 20 * options.documents},
-            }
-        },
-    }
-
-
-def kit(*arguments: Any) -> None:
-    """Run a command of the kit."""
-    subprocess.run([sys.executable, "-m", "kit", *map(str, arguments)], check=True)
 
 
 def run(recipe: Path, work: Path, method: str, seed: int, words: Path | None = None) -> dict[str, Any]:
@@ -106,17 +64,10 @@ def run(recipe: Path, work: Path, method: str, seed: int, words: Path | None = N
     if words:
         overrides += [f"vocabulary.tokens.from_file={words}", f"vocabulary.initialize={method}"]
     kit("train", recipe, *overrides)
-    sets = json.loads((folder / "scorecard.json").read_text())["sets"]
+    figures = read_bits_per_byte(folder)
     audit = json.loads((folder / "vocabulary.json").read_text()) if words else None
-    return {
-        "base": {name: figures["before"]["bits_per_byte"] for name, figures in sets.items()},
-        "step_0": {
-            name: (audit["untrained"][name] if audit else figures["before"])["bits_per_byte"]
-            for name, figures in sets.items()
-        },
-        "after": {name: figures["after"]["bits_per_byte"] for name, figures in sets.items()},
-        "audit": audit,
-    }
+    untrained = {name: audit["untrained"][name]["bits_per_byte"] for name in figures["before"]} if audit else None
+    return {"step_0": untrained or figures["before"], "after": figures["after"], "audit": audit}
 
 
 def summarise(options: argparse.Namespace, runs: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
@@ -125,26 +76,14 @@ def summarise(options: argparse.Namespace, runs: dict[tuple[str, int], dict[str,
     for method in ("none", *METHODS):
         of_method = [runs[method, seed] for seed in range(options.seeds)]
         variants[method] = {
-            when: {name: spread([figures[when][name] for figures in of_method]) for name in of_method[0][when]}
-            for when in ("step_0", "after")
+            when: spread_of_sets([figures[when] for figures in of_method]) for when in ("step_0", "after")
         }
     audit = runs["subword-mean", 0]["audit"]
     return {
         "variants": variants,
         "audit": {name: audit[name] for name in ("texts", "embedding_rows", "never_in_training")},
-        "options": {name: value for name, value in vars(options).items() if name not in _PLACES},
-        "base": Path(options.base).absolute().parts[-2 if Path(options.base).name == "model" else -1],
-        "corpus": Path(options.corpus).parent.name if options.corpus else "docstrings",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **describe_setting(options),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Return mean and standard deviation of some seeds' figures."""
-    return {"mean": statistics.mean(values), "stdev": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -154,11 +93,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|",
     ]
     for method, figures in result["variants"].items():
-        cells = [
-            f"{figures[when][name]['mean']:.4f} ± {figures[when][name]['stdev']:.4f}"
-            for name in ("domain", "general")
-            for when in ("step_0", "after")
-        ]
+        cells = [in_words(figures[when][name]) for name in ("domain", "general") for when in ("step_0", "after")]
         lines.append(f"| {'(not extended)' if method == 'none' else method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The commands. Nothing heavy is imported until a command runs, so that `--help` answers at once."""
 
+import logging
 import os
 import sys
 import traceback
@@ -219,6 +220,8 @@ def main() -> None:
 def _run() -> int:
     from kit.errors import UserError
 
+    # Where it is installed, peft imports it, and it then tells of kernels for CPUs that it misses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         # Not `app()`, which takes an interruption for a code that a command has chosen.
         command = typer.main.get_command(app)

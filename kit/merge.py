@@ -6,6 +6,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from kit.console import quiet_libraries, say
 from kit.errors import UserError
+from kit.files import disk_fault, write_json
 from kit.model.adapter_files import merge_adapter, read_adapter
 from kit.model.alignment import check_alignment
 from kit.model.loading import load_adapted
@@ -30,7 +31,8 @@ def merge(target: str, output: str | None) -> None:
     quiet_libraries()
     directory = RunDirectory(target)
     if not directory.path.is_dir():
-        raise UserError(f"{target}: no such folder; expected a run directory, or a folder with an adapter")
+        what = "is a file" if directory.path.is_file() else "no such folder"
+        raise UserError(f"{target}: {what}; expected a run directory, or a folder with an adapter")
     is_run = directory.recipe.is_file()
     if is_run and not directory.model.is_dir():
         raise UserError(f"{target}: the run has no model/ yet; it is written when training ends")
@@ -43,21 +45,20 @@ def merge(target: str, output: str | None) -> None:
         raise UserError("--output: the folder to write the plain model to; only a run directory has a place for it")
     folder = Path(output) if output else directory.path / "merged"
     if folder.exists():
-        raise UserError(
-            f"{folder} is there already"
-            + ("" if output else f": {target} is merged")
-            + "; remove it, or choose another "
-            "folder with --output"
-        )
+        why = "" if output else f": {target} has been merged"
+        raise UserError(f"{folder} is there already{why}; remove it, or write to another folder with --output")
     if not folder.absolute().parent.is_dir():
         raise UserError(f"--output: the folder that `{folder}` would be in does not exist")
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(source)), Path(), lambda: (), lambda: "")
     adapted = load_adapted(source, section, dequantize=True)
     check_alignment(adapted.get_base_model(), tokenizer, block_size=1)
     merged, difference = merge_adapter(adapted)
-    save_model(merged, tokenizer, folder)
+    try:
+        save_model(merged, tokenizer, folder)
+    except OSError as error:
+        raise UserError(disk_fault(error) or f"{folder}: cannot be written: {error.strerror or error}") from error
     saved_model_difference(merged, folder)
     if is_run:
-        directory.note(merged_logits_differ_by=difference)
+        write_json(directory.manifest, directory.read_manifest() | {"merged_logits_differ_by": difference})
     say(f"merged: the largest difference of a logit is {difference:.1g} of the largest logit, which is rounding")
     say(f"model: {folder}, which `from_pretrained` loads alone; loaded again it gives the same logits, bit for bit")

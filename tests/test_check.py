@@ -404,7 +404,7 @@ def refusals(recipe, overrides):
         "model.name_or_path=no/such/model",
         "data.train.0.path=no/such/file.txt",
         "data.block_size=4096",
-        "training.optim=adamw_bnb_8bit",
+        "training.optim=lomo",
         "training.load_best_model_at_end=true",
         "training.metric_for_best_model=domain_f1",
         "training.per_device_train_batch_size=100000",

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kit.console import warn
-from kit.errors import UserError, did_you_mean
+from kit.errors import UserError, suggest
 from kit.model.headers import fold_names
 from kit.model.new_rows import is_new_rows, train_new_rows
 from kit.model.quantization import number_of_values
@@ -83,17 +83,22 @@ def _bits(weight: torch.Tensor) -> int | None:
 
 
 def _inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    layers = "; the model's layers: " + ", ".join(_layer_names(model))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             adapted = get_peft_model(model, config)
         except PEFT_ERRORS as error:
-            said = f"adapter: peft refuses these settings for {type(model).__name__}: {peft_reason(error)}"
-            hint = "; the model's layers: " + ", ".join(_layer_names(model)) if "target_modules" in said else ""
-            raise UserError(said + hint) from None
+            # A module that no adapter goes into peft shows with all that is in it.
+            reason = re.sub(r"^(Target module \w+)\(.*\) (is not supported)", r"\1 \2", peft_reason(error))
+            hint = layers if "target" in reason.lower() else ""
+            raise UserError(
+                f"adapter: peft refuses these settings for {type(model).__name__}: {reason}{hint}"
+            ) from None
     for text, kind in {" ".join(str(warning.message).split()): warning.category for warning in caught}.items():
         if issubclass(kind, RuntimeWarning):
-            raise UserError(f"adapter: {text}")  # keys that match nothing, which peft goes on without
+            # Keys that match nothing, which peft would go on without.
+            raise UserError(f"adapter: {text.replace(' and were ignored', '').rstrip('.')}{layers}")
         if issubclass(kind, UserWarning) and "fan_in_fan_out" not in text and "tie_word" not in text:
             warn(f"peft: {text}")
     return adapted
@@ -118,10 +123,14 @@ def _check_names(model: nn.Module, config: PeftConfig) -> None:
             else:
                 found = any(name == wanted or name.endswith(f".{wanted}") for name in names)
             if not found:
-                raise UserError(
-                    f"adapter.{key}: `{wanted}` matches no module of this {type(model).__name__}"
-                    f"{did_you_mean(wanted, _layer_names(model))}"
-                )
+                layers = _layer_names(model)
+                if isinstance(value, str) and any(name.endswith(f".{wanted}") for name in names):
+                    hint = f"; a text is a regular expression for whole names: write `[{wanted}]`"
+                else:
+                    hint = f"{suggest(wanted, layers)}; its layers: {', '.join(layers)}"
+                if wanted == "all-linear":
+                    hint = "; write it without the list"
+                raise UserError(f"adapter.{key}: `{wanted}` matches no module of this {type(model).__name__}{hint}")
     layers = getattr(config, "layers_to_transform", None)
     number = model.config.get_text_config().num_hidden_layers
     for layer in [layers] if isinstance(layers, int) else layers or ():

@@ -13,19 +13,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from kit.errors import UserError, is_out_of_memory
 from kit.files import hash_array, hash_file, hash_values, read_json, write_json
 from kit.model.adapter import adapter_type, are_tied, plain_embeddings
+from kit.model.hub import ADAPTER_RECORD
 from kit.model.new_rows import new_row_ids, train_new_rows
 from kit.recipe.adapter import PEFT_ERRORS, peft_reason
 
-_RECORD, _ROWS_FILE = "base.json", "new_rows.safetensors"
+_ROWS_FILE = "new_rows.safetensors"
 # Facts that must agree, what is easiest to mend first.
 _COMPARED = {
     "model_type": "model_type",
-    "rows": "the rows of its embeddings",
+    "rows": "rows of embeddings:",
     "dtype": "weights in",
     "fingerprint": "weights with the fingerprint",
 }
@@ -110,9 +111,11 @@ class Adapter:
         if added:
             rows = {key: whole.detach()[ids.to(whole.device)].cpu() for key, whole in _matrices(plain).items()}
             save_file({"ids": ids, **rows}, folder / _ROWS_FILE)
-        files = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        written = sorted([*folder.glob("*.safetensors"), folder / ADAPTER_CONFIG_NAME])
+        files = {path.name: hash_file(path) for path in written}
         facts = {"rows_with_new_tokens": size, "trained_ids": trained, "files": files}
-        write_json(folder / _RECORD, {**dataclasses.asdict(self.base), **facts})
+        record = {**dataclasses.asdict(self.base), **facts}
+        write_json(folder / ADAPTER_RECORD, {**record, "hash": _hash_of(record)})
 
     def restore(self, folder: str | Path) -> None:
         """Take the weights that `write` wrote of this very adapter, in place.
@@ -202,20 +205,28 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         UserError: the folder holds no whole adapter of the kit.
     """
     folder = Path(folder)
-    try:
-        record = read_json(folder / _RECORD)
-        kept = {"rows_with_new_tokens", "trained_ids", *(f.name for f in dataclasses.fields(BaseFacts))} <= set(record)
-        whole = kept and all(hash_file(folder / name) == found for name, found in record["files"].items())
-    except FileNotFoundError as error:
+    if not (folder / ADAPTER_RECORD).is_file():
         raise UserError(
-            f"{folder}: no adapter of the kit: {Path(error.filename).name} is missing; of one that peft alone wrote, "
+            f"{folder}: no adapter of the kit: {ADAPTER_RECORD} is missing; of one that peft alone wrote, "
             f"`PeftModel.from_pretrained(…).merge_and_unload()` makes a plain model"
-        ) from None
+        )
+    try:
+        record = read_json(folder / ADAPTER_RECORD)
+        whole = record.pop("hash") == _hash_of(record) and isinstance(record["name"], str | None)
+        changed = [name for name, found in record["files"].items() if hash_file(folder / name) != found]
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: the adapter is damaged: {Path(error.filename).name} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{folder}: the adapter is damaged: its files are not those that {_RECORD} names")
+        whole, changed = False, []
+    if changed or not whole:
+        what = f"{changed[0]} is another file than it was" if changed else f"{ADAPTER_RECORD} was changed"
+        raise UserError(f"{folder}: the adapter is damaged: {what}")
     return record
+
+
+def _hash_of(record: dict[str, Any]) -> str:
+    """Return a hash of a record but for where the base lies, which whoever moves it may write anew."""
+    return hash_values({name: value for name, value in record.items() if name not in ("name", "revision")})
 
 
 # ---- merged

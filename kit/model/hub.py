@@ -23,6 +23,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = re.compile(r"(pytorch_)?model\b.*\.(bin|pt|pth|ckpt)")  # and not training_args.bin, optimizer.pt, …
 _LFS_POINTER = b"version https://git-lfs"
 
+ADAPTER_RECORD = "base.json"  # which model an adapter belongs to
+
 
 def expand(name: str) -> str:
     """Return a model's name with `~` replaced by the home folder, as a shell would."""
@@ -61,8 +63,9 @@ def from_hub(key: str, name: str, revision: str | None = None, file: str = "conf
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Tell whether a folder holds an adapter as the kit writes it: with the configuration of the whole model."""
-    return all((Path(folder) / name).is_file() for name in (ADAPTER_CONFIG_NAME, CONFIG_NAME))
+    """Tell whether a folder holds an adapter as the kit writes it, if perhaps not whole."""
+    there = [(Path(folder) / name).is_file() for name in (ADAPTER_CONFIG_NAME, CONFIG_NAME, ADAPTER_RECORD)]
+    return there[0] and any(there[1:])
 
 
 def check_weights(key: str, name: str) -> None:
@@ -153,6 +156,8 @@ def _lacking(name: str, file: str) -> str | None:
             f"`{name}` holds a PEFT adapter, not a model; merge it into its base model with "
             f"`AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)`"
         )
+    if file == "config.json" and file not in names and {"recipe.yaml", "model"} <= names:
+        return f"`{name}` is a run directory; its model is {Path(name) / 'model'}"
     if file == "config.json" and file not in names:
         return f"`{name}` holds no config.json, and so no model that could be loaded"
     if file == "tokenizer.json" and not any(

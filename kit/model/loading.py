@@ -23,14 +23,14 @@ from kit.console import say, warn
 from kit.errors import UserError, did_you_mean, is_out_of_memory
 from kit.files import hash_file, hash_values
 from kit.model.alignment import check_embeddings, check_ids, check_positions, check_special_ids
-from kit.model.hub import check_weights, expand, from_hub, is_adapter
+from kit.model.hub import ADAPTER_RECORD, check_weights, expand, from_hub, is_adapter
 from kit.model.quantization import check_quantization, copy_dequantized, keep_unpacked, quantization_config
 from kit.recipe.models import ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_CONFIGURATIONS = {"config.json", "generation_config.json", "adapter_config.json", "base.json"}
+_CONFIGURATIONS = {"config.json", "generation_config.json", "adapter_config.json", ADAPTER_RECORD}
 # Most `config.json` on the Hub have these; transformers 5 moves what it knows of them into `rope_parameters`.
 _FORMER_ROPE_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
 
@@ -106,12 +106,17 @@ def load_adapted(folder: str | Path, section: ModelSection, dequantize: bool = F
     from kit.model.adapter_files import base_facts, load_adapter, read_adapter  # peft's import takes seconds
 
     record = read_adapter(folder)
+    if not record["name"]:
+        raise UserError(f"{folder}: {ADAPTER_RECORD} names no base model: write where it is as `name`")
     known = {"name_or_path": record["name"], "revision": record["revision"], "load_in_4bit": record["load_in_4bit"]}
     base = section.model_copy(update={**known, "dtype": record["dtype"]})
     try:
         check_pretrained(base, block_size=1)
     except UserError as error:
-        raise UserError(f"{folder}: the base model that this adapter belongs to cannot be used: {error}") from None
+        raise UserError(
+            f"{folder}: the base model that this adapter belongs to cannot be used: {error}; if it has moved, write "
+            f"where it is now as `name` into {Path(folder) / ADAPTER_RECORD}"
+        ) from None
     model = load_causal_lm(base, None, seed=0)
     facts = base_facts(model)
     if dequantize and base.load_in_4bit:

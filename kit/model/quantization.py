@@ -19,9 +19,9 @@ def check_quantization(load_in_4bit: bool, key: str = "model.load_in_4bit") -> N
     """
     if not load_in_4bit:
         return
-    missing = [] if _has_device() else ["a CUDA device, which is not there"]
+    missing = [] if _has_device() else ["a CUDA device (there is none)"]
     if importlib.util.find_spec("bitsandbytes") is None:
-        missing.append("bitsandbytes, which is not installed (pip install bitsandbytes)")
+        missing.append("bitsandbytes (not installed: pip install bitsandbytes)")
     if missing:
         raise UserError(f"{key}: 4-bit weights need {' and '.join(missing)}; without the key the adapter is plain LoRA")
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 # What peft raises for settings that do not go together, or not with a model.
-PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError)
+PEFT_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, re.error)
 _INITIALISATIONS = {"eva", "corda", "loftq", "lora_ga"}
+# What users of other tools write for a type, and what it is in peft.
+_WRITTEN_AS = {
+    "dora": "`type: lora` and `use_dora: true`",
+    "rslora": "`type: lora` and `use_rslora: true`",
+    "qlora": "`type: lora`, and `load_in_4bit: true` in `model`",
+}
+_HIGHEST_RANK = 65_536
+_BY_PATTERN = ("rank_pattern", "alpha_pattern")
+_LEAVING, _CHANGING = ("gaussian", "orthogonal"), ("pissa", "olora")  # the base model's weights
 _OWN_DATA = "this initialisation looks at training data or at quantised weights first, which the kit does not do"
 
 # Keys of peft's configurations that the kit decides, or that do not go together with what it promises.
@@ -104,8 +114,9 @@ def check_adapter(section: AdapterSection) -> "PeftConfig":
     types = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value not in REFUSED_TYPES}
     if section.type.upper() not in types:
         valid = [name.lower() for name in types]
+        written = _WRITTEN_AS.get(section.type.lower())
         near = suggest(section.type, valid) or f"; valid: {', '.join(sorted(valid))}"
-        raise UserError(f"adapter.type: peft has no type `{section.type}`{near}")
+        raise UserError(f"adapter.type: peft has no type `{section.type}`{f'; write {written}' if written else near}")
     cls = types[section.type.upper()]
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in REFUSED_KEYS]
@@ -129,19 +140,38 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
         raise UserError(f"adapter.init_lora_weights: `{value}`: {REFUSED_KEYS['eva_config']}; leave the key out")
     if name == "init_lora_weights" and re.fullmatch(r"pissa_niter_\d+", str(value)):
         return value  # in the annotation it is a text about its form
+    if name == "init_lora_weights" and isinstance(value, str) and value not in (*_CHANGING, *_LEAVING):
+        expected = f"true, false, {' or '.join(f'`{kind}`' for kind in _LEAVING)}"
+        raise UserError(f"adapter.{name}: found {describe_value(value)}; expected {expected}")
     nested = next((kind for kind in members(annotation) if dataclasses.is_dataclass(kind)), None)
     if nested and isinstance(value, dict):
         return _nested(name, value, nested)
+    if nested:
+        raise UserError(f"adapter.{name}: found {describe_value(value)}; expected a mapping")
     try:
         # As JSON, which lets lists stand for tuples, but no text for a number.
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
         checked = adapter.validate_json(json.dumps(value), strict=True)
     except (ValidationError, TypeError, ValueError):
-        expected = "a mapping" if nested else describe_types(members(annotation)) or str(annotation)
+        expected = describe_types(members(annotation)) or str(annotation)
         raise UserError(f"adapter.{name}: found {describe_value(value)}; expected {expected}") from None
-    if problem := _out_of_range(name, value):
-        raise UserError(f"adapter.{name}: found {describe_value(value)}; expected {problem}")
+    for key, number in _numbers(name, value):
+        if problem := _out_of_range(name, number):
+            raise UserError(f"adapter.{name}{key}: found {describe_value(number)}; expected {problem}")
     return checked
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the value; of ranks and scales by pattern each, after a look at its pattern."""
+    if name not in _BY_PATTERN or not isinstance(value, dict):
+        yield "", value
+        return
+    for pattern, number in value.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"adapter.{name}: `{pattern}` is no regular expression: {error}") from None
+        yield f".{pattern}", number
 
 
 def _nested(name: str, value: dict[str, Any], kind: type) -> Any:
@@ -162,14 +192,16 @@ def _nested(name: str, value: dict[str, Any], kind: type) -> Any:
 
 def _out_of_range(name: str, value: Any) -> str | None:
     """Return what was expected instead of a number that peft would take, or refuse only inside a layer."""
+    if name in _BY_PATTERN and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        return "a number for each pattern"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if not math.isfinite(value):
         return "a finite number"
-    if name == "r" and value < 1:
-        return "a rank of at least 1"
-    if name.endswith("alpha") and value <= 0:
-        return "a number greater than 0; with 0 the adapter would have no effect"
+    if name in ("r", "rank_pattern") and not 1 <= value <= _HIGHEST_RANK:
+        return f"a rank from 1 to {_HIGHEST_RANK:,}"
+    if name.endswith(("alpha", "alpha_pattern")) and value <= 0:
+        return "a number greater than 0: what the adapter adds is multiplied by it"
     if name.endswith("dropout") and not 0 <= value < 1:
         return "a number of at least 0 and less than 1"
     return None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kit.errors import UserError
+from kit.recipe.adapter import AdapterSection, check_adapter
 from kit.recipe.layers import apply_override, read_layers
 from kit.recipe.models import Recipe
 from kit.recipe.section import Section
@@ -61,9 +62,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         places = {name: document.place(("training", name)) for name in training}
         checked, found = find_training_problems(training, places)
         problems += [Problem(("training", name), text) for name, text in found]
+    if recipe is not None and recipe.adapter:
+        problems += _find_adapter_problems(recipe.adapter)
     if problems:
         raise UserError(show_problems(document, problems))
     return recipe.model_copy(update={"training": checked}) if "training" in recipe.model_fields_set else recipe
+
+
+def _find_adapter_problems(section: AdapterSection) -> list[Problem]:
+    try:
+        check_adapter(section)
+    except UserError as error:
+        key, _, text = str(error).partition(": ")
+        return [Problem(tuple(key.split(".")), text)]
+    return []
 
 
 def overrides_for_model(path: str) -> list[str]:

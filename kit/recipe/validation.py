@@ -64,8 +64,9 @@ def _explain(detail: dict[str, Any], document: Document, training_names: list[st
         return Problem(keys, f"required, but missing; expected {describe_types(types)}")
     if kind == "value_error":
         text = str(context["error"])
-        named = re.match(r"(\w+(?:\.\w+)+) ", text)
-        if not keys and named:  # sections that do not go together: the place is the one that the message begins with
+        named = re.match(r"(\w+(?:\.\w+)*) ", text)
+        # Sections that do not go together: the place is the one that the message begins with.
+        if not keys and named and named[1].split(".")[0] in Recipe.model_fields:
             return Problem(tuple(named[1].split(".")), text[named.end() :])
         return Problem(keys, f"{text}{_origins(document, keys, value)}")
     if kind == "string_pattern_mismatch" and detail["loc"][-1] == "[key]":

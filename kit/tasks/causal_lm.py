@@ -33,7 +33,6 @@ from kit.model.quantization import check_quantization
 from kit.model.roles import apply_roles, compare_with_chat
 from kit.model.tokenizer import decoder, encoder, load_tokenizer, special_tokens, tokenizer_key
 from kit.model.vocabulary import Extension, extend_tokenizer
-from kit.recipe.adapter import check_adapter
 from kit.recipe.models import Recipe
 
 Figures = dict[str, float | int]
@@ -53,10 +52,8 @@ def check_early(recipe: Recipe, trains: bool = True) -> None:
 
     Raises:
         UserError: it cannot be found, is no causal LM, has fewer positions than a block or fewer blocks than are to
-            train, or its weights are unusable; peft does not take the `adapter`; the model is an adapter itself.
+            train, or its weights are unusable; it is an adapter itself.
     """
-    if recipe.adapter:
-        check_adapter(recipe.adapter)
     check_quantization(recipe.model.load_in_4bit)
     if trains and holds_adapter(recipe.model):
         raise UserError(

@@ -11,7 +11,7 @@ import xxhash
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from kit.console import say, table
+from kit.console import say, table, warn
 from kit.errors import UserError
 from kit.model.freezing import check_new_tokens, count_parameters
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
@@ -75,6 +75,7 @@ def make_plan(
     if section is None:
         return None
     check_new_tokens(section, len(new_ids))
+    _tell_of_tied(model, section)
     # Some tables never train, such as sinusoidal positions.
     can_train = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if section.new_tokens:
@@ -105,7 +106,7 @@ def _phases(model: PreTrainedModel, section: FreezingSection, steps: StepPlan) -
     if section.frozen is not None:
         trainable = every - _names(model, section.frozen, "freezing.frozen")
         if not trainable:
-            raise UserError("freezing.frozen: everything would be frozen")
+            raise UserError("freezing.frozen: everything would be frozen; leave out a part that is to train")
         return [Phase(0, trainable)]
     if section.trainable is not None:
         return [Phase(0, _names(model, section.trainable, "freezing.trainable"))]
@@ -122,6 +123,16 @@ def _phases(model: PreTrainedModel, section: FreezingSection, steps: StepPlan) -
     return phases
 
 
+def _tell_of_tied(model: PreTrainedModel, section: FreezingSection) -> None:
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        return
+    for key, parts in section.named_parts():
+        if parts.head != parts.embeddings:
+            one, other = ("head", "embeddings") if parts.head else ("embeddings", "head")
+            say(f"freezing.{key}: `{one}` is `{other}` too: in this model both are one matrix")
+
+
 def _start(wanted: PhaseSection, steps: StepPlan, key: str, earlier: Sequence[Phase]) -> int:
     """Return the optimizer steps made before a phase."""
     if wanted.start is None:
@@ -129,10 +140,14 @@ def _start(wanted: PhaseSection, steps: StepPlan, key: str, earlier: Sequence[Ph
     name, value = wanted.start
     start = {"epoch": value * steps.steps_per_epoch, "step": value, "fraction": value * steps.steps}[name]
     start = math.ceil(round(start, 6))  # 0.55 × 100 is 55.000000000000007
+    where = "" if name == "step" else f", which is step {start:,}"
     if start >= steps.steps:
-        raise UserError(f"{key}.{name}: found {value:g}, which is step {start:,}; the run ends after {steps.steps:,}")
+        raise UserError(f"{key}.{name}: found {value:g}{where}; the run ends after {steps.steps:,} steps")
     if start <= earlier[-1].start:
-        raise UserError(f"{key}.{name}: found {value:g}, which is step {start:,}, where the phase before begins")
+        raise UserError(f"{key}.{name}: found {value:g}{where}, where the phase before begins")
+    if wanted.warmup_steps > steps.steps - start:
+        left = steps.steps - start
+        warn(f"{key}.warmup_steps: found {wanted.warmup_steps:,}, but the run ends {left:,} steps after its beginning")
     return start
 
 
@@ -156,8 +171,9 @@ def _check_new_tokens_learn(model: PreTrainedModel, phases: Sequence[Phase]) -> 
     for name, parameter in model.named_parameters():
         if id(parameter) in weights and name not in ever_trained(phases):
             raise UserError(
-                f"freezing: {name} trains in no phase: the tokens that `vocabulary` adds would never learn; set "
-                f"`freezing.trainable.new_tokens: true`"
+                f"freezing: {name} trains in no phase: the tokens that `vocabulary` adds would never learn; let their "
+                f"rows train alone (`trainable: {{new_tokens: true}}`, without `embeddings` and `head`), or the whole "
+                f"matrices (`embeddings` and `head` both)"
             )
 
 

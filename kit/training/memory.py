@@ -87,10 +87,12 @@ def _saved_for_backward(
 
     precision = torch.bfloat16 if args.bf16 else torch.float16
     autocast = torch.autocast(args.device.type, precision) if args.bf16 or args.fp16 else nullcontext()
-    with FakeTensorMode(), args.device:
+    with torch.device("meta"):  # where peft copies nothing: it cannot copy a FakeTensor
         twin = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
         if adapters := getattr(model, "peft_config", None):
             insert_alike(twin, next(iter(adapters.values())))
+    with FakeTensorMode(), args.device:
+        _make_fake(twin)
         if (ids := new_row_ids(model)) is not None:
             train_new_rows(twin, ids)
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
@@ -110,6 +112,18 @@ def _saved_for_backward(
         total = sum(size for storage, size in seen.items() if storage not in own)
         del loss
     return total
+
+
+def _make_fake(model: torch.nn.Module) -> None:
+    """Put tensors of the present mode and device in the place of a model's own, tied ones once."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, whose id is not to be used anew
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[id(old)] = old, torch.nn.Parameter(new) if isinstance(old, torch.nn.Parameter) else new
+                tensors[name] = None if old is None else made[id(old)][1]
 
 
 def _enable_checkpointing(model: PreTrainedModel, options: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ def test_phases_add_to_each_other():
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ({"step": 10}, r"schedule.1.step: found 10, which is step 10; the run ends after 10"),
+        ({"step": 10}, r"schedule.1.step: found 10; the run ends after 10"),
         ({"epoch": 3}, r"schedule.1.epoch: found 3, which is step 12; the run ends after 10"),
         ({"fraction": 0.99}, r"schedule.1.fraction: found 0.99, which is step 10"),
     ],
@@ -149,6 +149,15 @@ def test_groups_and_layer_decay():
     }  # fmt: skip
     with pytest.raises(UserError, match=r"groups.0.parts: nothing of it trains"):
         plan_of(model, trainable={"last_blocks": 1}, groups=groups)
+
+
+@pytest.mark.parametrize("part", ["head", "embeddings"])
+def test_tied_parts_are_told(part, capsys):
+    for tied in (True, False):
+        plan_of(make_model("llama", tie_word_embeddings=tied), frozen={part: True})
+        assert (f"freezing.frozen: `{part}` is" in capsys.readouterr().out) == tied
+    plan_of(make_model("gpt2"), frozen={"head": True, "embeddings": True})
+    assert "one matrix" not in capsys.readouterr().out
 
 
 def test_what_is_shown(capsys):

@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 from kit.errors import UserError
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
+from kit.training.arguments import make_training_arguments
 from kit.training.freezing import make_plan
 from kit.training.parameter_groups import (
     FIRST_PHASE,
@@ -27,6 +28,7 @@ from kit.training.plan import StepPlan
 from kit.training.trainer import KitTrainer
 from tests.material import make_model
 
+LATER = {"trainable": "all", "warmup_steps": 2}
 HEAD = frozenset({"lm_head.weight", "model.norm.weight"})
 
 
@@ -234,6 +236,26 @@ def test_eight_bits_leave_embeddings_in_32(tmp_path):
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
     kept = GlobalOptimManager.get_instance().module_weight_config_triple
     assert any(module is model.transformer.wte and config == {"optim_bits": 32} for module, _, config in kept)
+
+
+@pytest.mark.parametrize(
+    ("plan", "training", "message"),
+    [
+        ({"adapter": {"type": "lora"}}, {}, r"training\.optim: .*no `adapter`"),
+        (
+            {"freezing": {"schedule": [{"trainable": {"head": True}}, {"step": 2, **LATER}]}},
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+            r"training\.lr_scheduler_type: found ReduceLROnPlateau",
+        ),
+    ],
+)
+def test_what_cannot_follow_a_plan_is_told_before_training(plan, training, message, tmp_path, monkeypatch):
+    # A factory, as transformers has for optimizers that divide the parameters by their shape.
+    monkeypatch.setattr("kit.training.parameter_groups.is_optimizer_factory", lambda cls: not training)
+    sections = {"model": {"name_or_path": "x"}, "data": {"train": [{"path": "x"}], "validation": {"fraction": 0.5}}}
+    recipe = Recipe(task="causal-lm", **sections, **plan, training=training)
+    with pytest.raises(UserError, match=message):
+        make_training_arguments(recipe, causal_lm, tmp_path)
 
 
 # ---- schedule

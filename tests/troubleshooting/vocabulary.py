@@ -1,11 +1,11 @@
-"""What can be wrong with the tokens that a recipe adds, and with what trains of them."""
+"""What can be wrong with the tokens that a recipe adds."""
 
 import json
 from pathlib import Path
 
 from tests.troubleshooting.lab import case
 
-GROUP = "Vocabulary and freezing"
+GROUP = "Vocabulary"
 SPEAKERS = {"special_tokens": ["<|user|>", "<|assistant|>"]}
 ROLES = {"user": "<|user|>", "assistant": "<|assistant|>"}
 
@@ -210,67 +210,6 @@ def broken_template_file(lab):
 @case(GROUP, "a chat template that does not exist", "vocabulary.chat_template.from_file: chat.jinja:", "o such file")
 def missing_template(lab):
     return lab.recipe(vocabulary={**SPEAKERS, "roles": ROLES, "chat_template": {"from_file": "chat.jinja"}})
-
-
-# ---- what trains
-
-
-@case(GROUP, "new tokens that stay frozen", "`vocabulary` adds", "never learn", "freezing.trainable.new_tokens: true")
-def frozen_new_tokens(lab):
-    return lab.recipe(vocabulary={"tokens": ["kinase"]}, freezing={"trainable": {"last_blocks": 1}})
-
-
-@case(GROUP, "new tokens alone, and none is declared", "freezing.trainable.new_tokens", "`vocabulary` adds no token")
-def no_new_tokens(lab):
-    return lab.recipe(freezing={"trainable": {"new_tokens": True}})
-
-
-@case(GROUP, "new tokens alone, and none is new", "freezing.trainable.new_tokens", "in the tokenizer already")
-def no_token_is_new(lab):
-    return lab.recipe(vocabulary={"tokens": ["the"]}, freezing={"trainable": {"new_tokens": True}})
-
-
-@case(GROUP, "nothing that trains", "recipe.yaml:19: freezing:", "`trainable` names no part")
-def nothing_trains(lab):
-    return lab.recipe(freezing={"trainable": {"new_tokens": False}})
-
-
-@case(GROUP, "more blocks than the model has", "freezing.trainable.last_blocks: found 9", "at most 2")
-def too_many_blocks(lab):
-    return lab.recipe(freezing={"trainable": {"last_blocks": 9}})
-
-
-@case(GROUP, "all that is frozen", "freezing.frozen: everything would be frozen")
-def all_frozen(lab):
-    return lab.recipe(freezing={"frozen": {"patterns": [".*"]}})
-
-
-@case(
-    GROUP,
-    "a pattern that matches no parameter",
-    "freezing.trainable.patterns",
-    "no parameter of",
-    "the nearest name is",
-)
-def pattern_without_match(lab):
-    return lab.recipe(freezing={"trainable": {"patterns": ["transformer.h.7.*"]}})
-
-
-@case(GROUP, "a pattern that is no regular expression", "freezing.trainable.patterns", "is no regular expression")
-def pattern_that_is_none(lab):
-    return lab.recipe(freezing={"trainable": {"patterns": ["h.(1"]}})
-
-
-@case(GROUP, "a phase after the end of training", "freezing.schedule.1.epoch: found 50", "the run ends after 2")
-def phase_after_the_end(lab):
-    first = {"trainable": {"final_norm": True}}
-    return lab.recipe(freezing={"schedule": [first, {"epoch": 50, "trainable": "all"}]})
-
-
-@case(GROUP, "phases out of order", "recipe.yaml:19: freezing:", "begin at [2.0, 1.0]", "later than the one before")
-def phases_out_of_order(lab):
-    parts = [{"trainable": {"final_norm": True}}, {"epoch": 2, "trainable": {"last_blocks": 1}}]
-    return lab.recipe(freezing={"schedule": [*parts, {"epoch": 1, "trainable": "all"}]})
 
 
 # ---- mining
