@@ -258,13 +258,19 @@ def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) ->
     args, _ = make_training_arguments(recipe, run.task, directory.checkpoints)
     sets = {name: documents.first(_PROBE_DOCUMENTS) for name, documents in run.corpus.sets.items()}
     corpus = dataclasses.replace(run.corpus, sets=sets)
-    probe = dataclasses.replace(run, recipe=recipe, args=args, directory=directory, corpus=corpus)
-    stop = _StopAfter(_PROBE_STEPS, evaluate=bool(sets))
+    freezing, phases = run.plan, 1
+    if freezing:  # a step in each phase, and more in the last, which takes the most time and memory
+        phases = len(freezing.phases)
+        soon = (dataclasses.replace(phase, start=i, warmup_steps=0) for i, phase in enumerate(freezing.phases))
+        freezing = dataclasses.replace(freezing, phases=tuple(soon))
+    probe = dataclasses.replace(run, recipe=recipe, args=args, directory=directory, corpus=corpus, plan=freezing)
+    stop = _StopAfter(phases - 1 + _PROBE_STEPS, evaluate=bool(sets))
     say()
     run_training(probe, None, preemption, stop)
+    rate = "at most, at the rate of the last phase," if phases > 1 else "about"
     say(
         f"probe: {len(stop.seconds)} steps ({', '.join(f'{s:.2f} s' for s in stop.seconds)}), an evaluation and a "
-        f"checkpoint of {_size_of(directory.checkpoints) / 2**20:,.0f} MiB; all {plan.steps:,} steps take about "
+        f"checkpoint of {_size_of(directory.checkpoints) / 2**20:,.0f} MiB; all {plan.steps:,} steps take {rate} "
         f"{_duration(stop.seconds[-1] * plan.steps)}, evaluations apart"
     )
     if is_main_process():

@@ -24,7 +24,7 @@ from kit.errors import UserError
 from kit.evaluation.samples import continue_prompts, print_samples
 from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
 from kit.files import build_once, hash_values, make_folder, read_json, read_seal, write_json
-from kit.model.adapter_files import Adapter
+from kit.model.adapter_files import Adapter, base_facts
 from kit.model.declared_tokens import with_tokens_read
 from kit.model.freezing import count_parameters
 from kit.model.loading import model_key
@@ -36,7 +36,7 @@ from kit.recipe.loading import dump_recipe, load_recipe, overrides_for_model, re
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm
 from kit.tracking import WandbTracker, tracked
-from kit.training.adapters import adapter_key, facts_of_base, insert_adapter
+from kit.training.adapters import adapter_key, insert_adapter
 from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
 from kit.training.arguments import make_training_arguments
 from kit.training.attempt import attempt, holding
@@ -100,7 +100,8 @@ def train(recipe_path: str, overrides: list[str]) -> None:
                 after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
                 scorecard = finish(run, before, after, tracker)
         print_scorecard(scorecard)
-        say(f"model: {directory.model}    scorecard: {directory.scorecard}")
+        merged = f" (an adapter: `kit merge {directory.path}` makes a plain model)" if run.adapter else ""
+        say(f"model: {directory.model}{merged}    scorecard: {directory.scorecard}")
 
 
 def prepare(recipe_path: str, overrides: list[str]) -> None:
@@ -250,7 +251,7 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
         before: figures of the model as it was, to say what the new tokens alone do to them; else nothing is measured.
     """
     added, untrained, new_ids, adapter = None, {}, [], None
-    base = facts_of_base(run.model, run.recipe.model) if run.recipe.adapter else None
+    base = base_facts(run.model, run.recipe.model) if run.recipe.adapter else None
     if run.extension:
         rows_before = run.model.get_input_embeddings().weight.shape[0]
         run.task.extend_model(run.model, run.recipe, run.tokenizer, run.extension, run.args.seed)
@@ -345,8 +346,8 @@ def run_training(
         display.close()
         if unfreezing:
             unfreezing.close()
-    if frozen:
-        say(f"frozen: {check_frozen(run.model, run.plan, frozen):,} tensors, bit for bit as they were before training")
+    if run.plan:
+        check_frozen(run.model, run.plan, frozen)
     # Takes accelerate's autocast off the model's forward again.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer.final_figures()

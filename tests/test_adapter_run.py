@@ -307,7 +307,7 @@ def test_check_knows_the_memory(recipe, tiny_models, tmp_path, capsys, kind):
     out = capsys.readouterr().out
     assert re.search(r"activations +│ +[\d.]+ [KMG]iB", out)
     assert "unknown" not in out
-    assert f"adapter: {adapter['type']}," in out
+    assert f"adapter: {adapter['type']}" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -322,6 +322,21 @@ def test_probe_trains_what_the_run_will(recipe, tiny_models, tmp_path, capsys):
 
 
 # ---- the base that it belongs to
+
+
+def test_the_base_is_found_and_loaded_as_it_was_trained(recipe, tmp_path, monkeypatch):
+    """From another working directory, with the attributes that the recipe overrode: they make another function."""
+    save_tiny_model(tmp_path / "bases/gpt2", "gpt2")
+    monkeypatch.chdir(tmp_path)
+    path = recipe(base="bases/gpt2")
+    train(str(path), ["model.config={layer_norm_epsilon: 1.0}"])
+    assert read("run/model/base.json")["name"] == "bases/gpt2"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert measured(tmp_path / "run", tmp_path) == after(tmp_path / "run")
+    assert run_kit(["merge", tmp_path / "run/checkpoints/checkpoint-6", "-o", "merged"]) == [0]
+    figures = measured(tmp_path / "run", tmp_path, model="merged")["domain"]["bits_per_byte"]
+    assert figures == pytest.approx(after(tmp_path / "run")["domain"]["bits_per_byte"], abs=1e-4)
 
 
 def change_a_weight(folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kit.check import check
 from kit.run import train
 from tests.harness import Fault, run_kit
 
@@ -98,3 +99,13 @@ def test_a_frozen_tensor_that_moved_ends_the_run(recipe, monkeypatch):
     monkeypatch.setattr(KitTrainer, "training_step", meddle)
     with pytest.raises(RuntimeError, match=r"1 frozen tensors have changed in training: transformer.wpe.weight"):
         train(str(recipe("run", trainable={"last_blocks": 1})), [])
+
+
+def test_the_probe_tries_each_phase(recipe, tmp_path, capsys):
+    """Its time and memory would else be those of the cheapest one."""
+    check(str(recipe("run", schedule=SCHEDULE)), [], probe=True)
+    out = " ".join(capsys.readouterr().out.split())
+    for phase in (1, 2, 3):
+        assert f"step {phase}: phase {phase} of 3" in out
+    assert "probe: 4 steps" in out
+    assert "all 6 steps take at most, at the rate of the last phase," in out

@@ -220,7 +220,7 @@ def test_diverged_training_ends_with_one_message(write_recipe, tmp_path):
     ("change", "words"),
     [
         ("training.lr_scheduler_kwargs={foo: 1}", "training.lr_scheduler_type: TypeError"),
-        ("training.optim=adamw_bnb_8bit", "training.optim: ImportError"),
+        ("training.optim=lomo", "training.optim: ImportError"),
         ("training.report_to=[comet_ml]", "training.report_to: RuntimeError"),
         ("training.fsdp=full_shard", "FSDP and DeepSpeed are ignored on CPUs|fsdp"),
     ],

@@ -23,6 +23,7 @@ from kit.console import warn
 from kit.errors import UserError, suggest
 from kit.model.headers import fold_names
 from kit.model.new_rows import is_new_rows, train_new_rows
+from kit.model.parts import adapter_names, transformer_blocks
 from kit.model.quantization import number_of_values
 from kit.recipe.adapter import PEFT_ERRORS, AdapterSection, check_adapter, peft_reason
 
@@ -48,14 +49,15 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequen
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise RuntimeError("the model has an adapter already")
     config = check_adapter(section)
-    if getattr(config, "target_modules", None) is None and section.type.upper() not in _OWN_TARGETS:
-        config.target_modules = "all-linear"  # in peft's words all but the head
+    if section.type.upper() not in _OWN_TARGETS and not getattr(config, "target_parameters", None):
+        _set_default_targets(model, config)
     if hasattr(config, "fan_in_fan_out"):  # how Conv1D of GPT-2 keeps its matrix
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     _check_names(model, config)
     before = {name: (weight, _bits(weight)) for name, weight in model.named_parameters()}
     embeddings, tied = plain_embeddings(model), are_tied(plain_embeddings(model))
-    adapted = _inject(model, config)
+    adapted = _inject(model, config, section)
+    _check_layers(adapted, config)
     _check_embeddings(adapted, embeddings, tied, new_ids)
     if changed := [name for name, (weight, bits) in before.items() if _bits(weight) != bits]:
         raise UserError(
@@ -69,9 +71,39 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequen
     return adapted
 
 
+def _set_default_targets(model: PreTrainedModel, config: PeftConfig) -> None:
+    if getattr(config, "target_modules", None) is not None:
+        return
+    config.target_modules = "all-linear"  # in peft's words all but the head
+    if getattr(config, "layers_to_transform", None) is not None:
+        # Which peft follows only where targets are listed.
+        found = [
+            n for b in transformer_blocks(model) for n, m in b.named_modules() if isinstance(m, nn.Linear | Conv1D)
+        ]
+        config.target_modules = {name.rpartition(".")[2] for name in found}
+
+
+def _check_layers(adapted: PeftModel, config: PeftConfig) -> None:
+    """Check that an adapter for some blocks went into no other."""
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None:
+        return
+    plain = adapted.get_base_model()
+    blocks, wanted = transformer_blocks(plain), {layers} if isinstance(layers, int) else set(layers)
+    allowed = {id(module) for number in wanted for module in blocks[number].modules()}
+    modules = dict(plain.named_modules())
+    if astray := [name for name in adapted.base_model.targeted_module_names if id(modules[name]) not in allowed]:
+        raise UserError(
+            f"adapter.layers_to_transform: found {sorted(wanted)}, but peft goes into {fold_names(astray)} too; "
+            f"give `layers_pattern`, the name of the list that the blocks are in"
+        )
+
+
 def insert_alike(model: PreTrainedModel, config: PeftConfig) -> None:
     """Put another model's adapter into one of the same architecture, in place, with weights of its own."""
-    get_peft_model(model, copy.deepcopy(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there was to say was said of the first model
+        get_peft_model(model, copy.deepcopy(config))
 
 
 def _bits(weight: torch.Tensor) -> int | None:
@@ -82,7 +114,7 @@ def _bits(weight: torch.Tensor) -> int | None:
     return weight.detach().flatten().view(kind).sum(dtype=torch.int64).item()
 
 
-def _inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def _inject(model: PreTrainedModel, config: PeftConfig, section: AdapterSection) -> PeftModel:
     layers = "; the model's layers: " + ", ".join(_layer_names(model))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -96,7 +128,7 @@ def _inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
                 f"adapter: peft refuses these settings for {type(model).__name__}: {reason}{hint}"
             ) from None
     for text, kind in {" ".join(str(warning.message).split()): warning.category for warning in caught}.items():
-        if issubclass(kind, RuntimeWarning):
+        if issubclass(kind, RuntimeWarning) and {"rank_pattern", "alpha_pattern"} & set(section.options()):
             # Keys that match nothing, which peft would go on without.
             raise UserError(f"adapter: {text.replace(' and were ignored', '').rstrip('.')}{layers}")
         if issubclass(kind, UserWarning) and "fan_in_fan_out" not in text and "tie_word" not in text:
@@ -127,7 +159,7 @@ def _check_names(model: nn.Module, config: PeftConfig) -> None:
                 if isinstance(value, str) and any(name.endswith(f".{wanted}") for name in names):
                     hint = f"; a text is a regular expression for whole names: write `[{wanted}]`"
                 else:
-                    hint = f"{suggest(wanted, layers)}; its layers: {', '.join(layers)}"
+                    hint = f"{suggest(wanted, layers) or '.'} Its layers: {', '.join(layers)}"
                 if wanted == "all-linear":
                     hint = "; write it without the list"
                 raise UserError(f"adapter.{key}: `{wanted}` matches no module of this {type(model).__name__}{hint}")
@@ -177,34 +209,59 @@ def _name_around(adapted: PeftModel, parts: list[nn.Module], kinds: tuple[str, .
 
 @dataclasses.dataclass(frozen=True)
 class AdapterDescription:
-    """An adapter in figures: its own parameters, those of new rows, the model's without both, and where it sits."""
+    """An adapter in figures.
+
+    Attributes:
+        type: as peft names it.
+        parameters: of the adapter.
+        new_row_parameters: of the rows of new tokens.
+        own_parameters: of the base model's, those that train too, such as with `bias: all`.
+        base_parameters: of the base model, rows included.
+        target_modules: the modules, or parameters, that it is in.
+        saved_modules: what trains whole, as a copy.
+    """
 
     type: str
     parameters: int
     new_row_parameters: int
+    own_parameters: int
     base_parameters: int
     target_modules: tuple[str, ...]
+    saved_modules: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = self.parameters / self.base_parameters
         rows = f", and {self.new_row_parameters:,} of new tokens' rows" if self.new_row_parameters else ""
+        rows += f", and {self.own_parameters:,} of the base model's own" if self.own_parameters else ""
         return (
             f"adapter: {self.type.lower()}, {self.parameters:,} parameters ({share:.2%} of the model's "
             f"{self.base_parameters:,}){rows}, in {len(self.target_modules)} modules: {fold_names(self.target_modules)}"
+            + (f"; and copies of {', '.join(self.saved_modules)}" if self.saved_modules else "")
         )
 
 
 def describe_adapter(model: PeftModel) -> AdapterDescription:
     """Return how many parameters train, in which modules of the model; `str` of it is one line."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    rows = sum(number for name, number in trained.items() if is_new_rows(name))
+    plain = model.get_base_model()
+    own = set(adapter_names(plain))
+    sizes = {name: (number_of_values(p), p.requires_grad) for name, p in plain.named_parameters()}
+    rows = sum(number for name, (number, _) in sizes.items() if is_new_rows(name))
+    base = {name: size for name, size in sizes.items() if name not in own and not is_new_rows(name)}
+    targets = (*model.base_model.targeted_module_names, *getattr(model.base_model, "targeted_parameter_names", ()))
     return AdapterDescription(
-        type=adapter_type(model),
-        parameters=sum(trained.values()) - rows,
+        type=_kind(model.peft_config[model.active_adapter]),
+        parameters=sum(number for name, (number, trains) in sizes.items() if name in own and trains),
         new_row_parameters=rows,
-        base_parameters=sum(number_of_values(p) for p in model.parameters() if not p.requires_grad),
-        target_modules=tuple(model.base_model.targeted_module_names),
+        own_parameters=sum(number for number, trains in base.values() if trains),
+        base_parameters=sum(number for number, _ in base.values()),
+        target_modules=targets,
+        saved_modules=tuple(sorted(getattr(model.peft_config[model.active_adapter], "modules_to_save", None) or ())),
     )
+
+
+def _kind(config: PeftConfig) -> str:
+    variants = [key for key in ("use_rslora", "use_dora") if getattr(config, key, False)]
+    return " with ".join([config.peft_type.value, " and ".join(variants)] if variants else [config.peft_type.value])
 
 
 def adapter_type(model: PeftModel) -> str:

@@ -18,9 +18,10 @@ from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 from kit.errors import UserError, is_out_of_memory
 from kit.files import hash_array, hash_file, hash_values, read_json, write_json
 from kit.model.adapter import adapter_type, are_tied, plain_embeddings
-from kit.model.hub import ADAPTER_RECORD
+from kit.model.hub import ADAPTER_RECORD, expand
 from kit.model.new_rows import new_row_ids, train_new_rows
 from kit.recipe.adapter import PEFT_ERRORS, peft_reason
+from kit.recipe.models import ModelSection
 
 _ROWS_FILE = "new_rows.safetensors"
 # Facts that must agree, what is easiest to mend first.
@@ -37,39 +38,58 @@ _COMPARED = {
 
 @dataclasses.dataclass(frozen=True)
 class BaseFacts:
-    """What tells one base model from another, whatever folder it lies in; `rows` are those of its embeddings."""
+    """What tells one base model from another, where it is, and how it was loaded.
+
+    Attributes:
+        name: as the recipe has it, a folder or a name on the Hub.
+        revision: of a Hub model, the commit where it is known.
+        path: of a folder, absolute: whoever loads the adapter may be in another working directory.
+        model_type: of its configuration.
+        dtype: of its weights in memory.
+        rows: of its embeddings.
+        fingerprint: of its weights.
+        load_in_4bit: whether its linear layers are quantised.
+        config: attributes of its configuration that the recipe overrides.
+        attn_implementation: what the recipe asks for.
+    """
 
     name: str | None
     revision: str | None
+    path: str | None
     model_type: str
     dtype: str
     rows: int
     fingerprint: str
-    load_in_4bit: bool = False
+    load_in_4bit: bool
+    config: dict[str, Any]
+    attn_implementation: str | None
 
 
-def base_facts(model: PreTrainedModel, name: str | None = None, revision: str | None = None) -> BaseFacts:
+def base_facts(model: PreTrainedModel, section: ModelSection | None = None) -> BaseFacts:
     """Return the facts of a base model as it was loaded: before its embeddings grow and before an adapter.
 
     The fingerprint covers each tensor's name, shape, type and values; it reads all weights once.
 
     Args:
         model: the model.
-        name: its folder or its name on the Hub.
-        revision: what was asked for on the Hub; where the commit is known, that is what is kept.
+        section: how it was loaded.
     """
+    name = section and section.name_or_path
     tensors = []
     for key, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         tensors.append((key, str(tensor.dtype), list(tensor.shape), hash_array(values)))
     return BaseFacts(
         name=name,
-        revision=getattr(model.config, "_commit_hash", None) or revision,
+        revision=getattr(model.config, "_commit_hash", None) or (section and section.revision),
+        path=str(Path(expand(name)).absolute()) if name and Path(expand(name)).is_dir() else None,
         model_type=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         rows=len(model.get_input_embeddings().weight),
         fingerprint=hash_values(tensors),
         load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+        config=section.config if section else {},
+        attn_implementation=section and section.attn_implementation,
     )
 
 
@@ -99,8 +119,10 @@ class Adapter:
         ids = torch.tensor(sorted(added), dtype=torch.long)
         of_peft = self.model.peft_config[self.model.active_adapter]
         of_peft.base_model_name_or_path, of_peft.revision = self.base.name, self.base.revision
-        # peft would save the whole embeddings where they have grown, and look on the Hub whether they have.
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft takes a bias for what FSDP has left of a matrix
+            # It would save the whole embeddings where they have grown, and look on the Hub whether they have.
+            self.model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink()  # peft's, a form that nobody has filled in
         config = copy.deepcopy(plain.config)
         if hasattr(config, "quantization_config"):
@@ -174,8 +196,7 @@ def load_adapter(
     _restore_rows(model, folder, record)
     _restore_ids(model, folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a name that peft uses of transformers
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # which peft then sets right
+        warnings.simplefilter("ignore")  # what there was to say was said when the adapter was made
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     if trainable and record["trained_ids"]:
         train_new_rows(model, record["trained_ids"])
@@ -226,7 +247,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
 
 def _hash_of(record: dict[str, Any]) -> str:
     """Return a hash of a record but for where the base lies, which whoever moves it may write anew."""
-    return hash_values({name: value for name, value in record.items() if name not in ("name", "revision")})
+    return hash_values({name: value for name, value in record.items() if name not in ("name", "revision", "path")})
 
 
 # ---- merged
@@ -235,9 +256,10 @@ def _hash_of(record: dict[str, Any]) -> str:
 def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
     """Merge an adapter into its base model, in place, and compare logits on a fixed batch before and after.
 
-    A merged weight is the rounded sum of two that were multiplied apart, so logits differ by rounding: in float32 by
-    some 1e-6 of the largest one, by 1e-4 where the adapter outweighs the base hundreds of times. `MERGE_TOLERANCE` is
-    above that; a wrong merge differs by what the adapter does, which is more wherever something was learned.
+    A merged weight is the rounded sum of two that were multiplied apart, so logits differ by rounding: by some 1e-6 of
+    the largest one, by 1e-4 where the adapter outweighs the base hundreds of times. More than `MERGE_ROUNDING` is taken
+    for right only if it is small beside what the adapter does to the logits. Weights in 16 bits are merged and compared
+    in float32, and then rounded to what they were: this rounding moves logits as storing the base in 16 bits does.
 
     Returns:
         The plain model, and the largest absolute difference of its logits, relative to the largest absolute logit.
@@ -256,7 +278,16 @@ def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
         raise UserError(
             "merge: a merge into quantised weights would round the adapter away; load the base without `load_in_4bit`"
         )
+    stored, types = (
+        plain.dtype,
+        {name.replace(".base_layer.", "."): weight.dtype for name, weight in plain.named_parameters()},
+    )
+    precision = torch.promote_types(plain.dtype, torch.float32)
+    for weight in plain.parameters():
+        weight.data = weight.data.to(torch.promote_types(weight.dtype, precision))
     expected = _logits(plain)
+    with model.disable_adapter():
+        effect = merged_difference(expected, _logits(plain))
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (*PEFT_ERRORS, AttributeError, RuntimeError) as error:
@@ -264,13 +295,17 @@ def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
             raise
         raise UserError(f"merge: peft cannot merge an adapter of type {kind}: {peft_reason(error)}") from None
     difference = merged_difference(expected, _logits(merged))
-    if not difference <= MERGE_TOLERANCE[merged.dtype]:
-        raise RuntimeError(f"the merged model gives other logits than the adapted one: by {difference:.2g} of them")
+    if not difference <= MERGE_ROUNDING[precision] + effect / 1000:
+        raise RuntimeError(
+            f"the merged model gives other logits than the adapted one: by {difference:.2g} of the largest, "
+            f"where the adapter moves them by {effect:.2g}"
+        )
+    for name, weight in merged.named_parameters():
+        weight.data = weight.data.to(types.get(name, stored))
     return merged, difference
 
 
-# Of the largest logit. In 16 bits each merged weight is rounded, which moves logits as storing the model so does.
-MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+MERGE_ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5}  # of the largest logit
 
 
 def merged_difference(adapted: torch.Tensor, merged: torch.Tensor) -> float:

@@ -179,6 +179,7 @@ def _facts_of_adapter(folder: str) -> Iterator[tuple[str, str]]:
 
     record, settings = read_adapter(folder), read_json(Path(folder) / ADAPTER_CONFIG_NAME)
     given = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha")}
+    given |= {key: "true" for key in ("use_rslora", "use_dora") if settings.get(key)}
     yield "type", settings["peft_type"].lower() + "".join(f", {key} {n}" for key, n in given.items() if n is not None)
     targets = settings.get("target_modules") or ()
     yield "in", targets if isinstance(targets, str) else ", ".join(sorted(targets))

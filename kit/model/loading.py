@@ -97,7 +97,7 @@ def load_adapted(folder: str | Path, section: ModelSection, dequantize: bool = F
 
     Args:
         folder: what `Adapter.write` wrote.
-        section: how the base is to be loaded; what the adapter's record knows of it counts instead.
+        section: of it counts whether code that comes with the base may run; all else is in the adapter's record.
         dequantize: hold the base in `dtype` where it was in 4 bits, with the values that it had there.
 
     Raises:
@@ -108,8 +108,11 @@ def load_adapted(folder: str | Path, section: ModelSection, dequantize: bool = F
     record = read_adapter(folder)
     if not record["name"]:
         raise UserError(f"{folder}: {ADAPTER_RECORD} names no base model: write where it is as `name`")
-    known = {"name_or_path": record["name"], "revision": record["revision"], "load_in_4bit": record["load_in_4bit"]}
-    base = section.model_copy(update={**known, "dtype": record["dtype"]})
+    known = {name: record[name] for name in ("revision", "load_in_4bit", "dtype", "config", "attn_implementation")}
+    # A folder is looked for where it was; one that is gone is not to be asked of the Hub as a name.
+    places = [place for place in (record["path"], expand(record["name"])) if place and Path(place).is_dir()]
+    name = places[0] if places else record["path"] or record["name"]
+    base = section.model_copy(update={**known, "name_or_path": name})
     try:
         check_pretrained(base, block_size=1)
     except UserError as error:

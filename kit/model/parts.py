@@ -134,15 +134,21 @@ def new_token_names(model: nn.Module) -> tuple[str, ...]:
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Return the parameters that peft has put into a model, and the copies of modules that it trains whole."""
-    found = set()
+    return _in_order(model, set().union(*adapters_by_module(model).values()))
+
+
+def adapters_by_module(model: nn.Module) -> dict[str, set[str]]:
+    """Return the names of such parameters by the name of the module that they were put around."""
+    found: dict[str, set[str]] = {}
     for path, module in model.named_modules():
         # Not by peft's classes: the import takes seconds, and most models have no adapter.
         own = ("modules_to_save",) if hasattr(module, "original_module") else getattr(module, "adapter_layer_names", ())
         for part in own:
             inside = getattr(module, part, None)
             if isinstance(inside, nn.Module):
-                found |= {f"{path}.{part}.{name}" for name, _ in inside.named_parameters()}
-    return _in_order(model, found)
+                names = {f"{path}.{part}.{name}" for name, _ in inside.named_parameters()}
+                found.setdefault(path, set()).update(names)
+    return found
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -34,6 +34,9 @@ _BY_PATTERN = ("rank_pattern", "alpha_pattern")
 _LEAVING, _CHANGING = ("gaussian", "orthogonal"), ("pissa", "olora")  # the base model's weights
 _OWN_DATA = "this initialisation looks at training data or at quantised weights first, which the kit does not do"
 
+_OWN_STEPS = "it has to be told of each optimizer step, which Trainer does not do, so its ranks would never adapt"
+_OWN_LOSS = "it needs terms of its own in the loss, which is the task's alone"
+
 # Keys of peft's configurations that the kit decides, or that do not go together with what it promises.
 REFUSED_KEYS = {
     "peft_type": "write `type`",
@@ -51,6 +54,9 @@ REFUSED_KEYS = {
     "megatron_core": "the kit does not train with Megatron",
     "arrow_config": "it combines several adapters; a recipe trains one",
     "alora_invocation_tokens": "it takes a row for one text, and packed rows hold several documents",
+    "monteclora_config": _OWN_LOSS,
+    "kasa_config": _OWN_LOSS,
+    "use_asa": _OWN_STEPS,
     "eva_config": _OWN_DATA,
     "corda_config": _OWN_DATA,
     "loftq_config": _OWN_DATA,
@@ -65,7 +71,7 @@ _SEVERAL = "it chooses among several adapters or tasks; a recipe trains one"
 
 # Types of peft that the kit does not take, by their name in `peft.PeftType`.
 REFUSED_TYPES = {
-    "ADALORA": "it has to be told of each optimizer step, which Trainer does not do, so it would never adapt its ranks",
+    "ADALORA": _OWN_STEPS,
     "ADAPTION_PROMPT": _VIRTUAL_TOKENS,
     "CARTRIDGE": _VIRTUAL_TOKENS,
     "CPT": _VIRTUAL_TOKENS,

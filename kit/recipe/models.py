@@ -197,7 +197,7 @@ class Recipe(Section):
     adapter: AdapterSection | None = None
     """Small weights of peft that train in place of the model's own. Beside `type` it takes every key of the peft
     configuration of that type, under peft's own name; unknown keys are refused with the nearest one. Without
-    `target_modules` the adapter goes into every linear layer of the blocks."""
+    `target_modules` LoRA and its kin go into every linear layer of the blocks."""
     training: dict[str, Any] = {}
     """`TrainingArguments` under their own names."""
     evaluation: EvaluationSection = EvaluationSection()

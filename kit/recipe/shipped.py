@@ -191,6 +191,7 @@ def _relocated(path: Path, to: Path) -> str:
     # folder: a base that two recipes extend is then the same text, from wherever they were copied.
     original = f"recipes/{path.relative_to(recipes_folder()).as_posix()}"
     text = text.replace(f"make train RECIPE={original}", f"kit train {shlex.quote(to.name)}")
+    text = text.replace(f"kit merge runs/{path.stem} ", f"kit merge {shlex.quote(f'runs/{to.stem}')} ")
     return _ADDED_ARGUMENTS.sub(r"\g<before>\g<arguments>", text)
 
 

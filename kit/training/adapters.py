@@ -5,17 +5,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from kit.console import say
+from kit.console import say, warn
 from kit.files import hash_array, hash_values
 from kit.model.adapter import add_adapter, describe_adapter
-from kit.model.adapter_files import Adapter, BaseFacts, base_facts
+from kit.model.adapter_files import Adapter, BaseFacts
 from kit.model.parts import adapter_names
-from kit.recipe.models import ModelSection, Recipe
-
-
-def facts_of_base(model: PreTrainedModel, section: ModelSection) -> BaseFacts:
-    """Return the facts of the model that an adapter is going to belong to; to be called before anything is added."""
-    return base_facts(model, section.name_or_path, section.revision)
+from kit.recipe.models import Recipe
 
 
 def insert_adapter(
@@ -37,7 +32,12 @@ def insert_adapter(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = add_adapter(model, recipe.adapter, trained)
-    say(str(describe_adapter(adapted)))
+    description = describe_adapter(adapted)
+    say(str(description))
+    if description.parameters > description.base_parameters:
+        warn(
+            "the adapter has more parameters than the model that it adapts: a lower rank, or no adapter, does with less"
+        )
     return Adapter(adapted, base, tuple(new_ids))
 
 

@@ -234,11 +234,10 @@ def plan_as_rows(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArgum
     for name, parameter in model.named_parameters():
         how = settings.get(name)
         rate, phase = (how.learning_rate, how.first_phase + 1) if how else (None, None)
-        start = plan.phases[how.first_phase].start if how else None
+        begins = plan.phases[how.first_phase] if how else None
+        when = {"from_step": begins.start, "warmup_steps": begins.warmup_steps} if begins else {"from_step": None}
         counted = {"part": of_part[name], "tensors": 0, "parameters": 0, "share": 0.0}
-        row = rows.setdefault(
-            (of_part[name], rate, phase), {**counted, "learning_rate": rate, "phase": phase, "from_step": start}
-        )
+        row = rows.setdefault((of_part[name], rate, phase), {**counted, "learning_rate": rate, "phase": phase, **when})
         row["tensors"] += 1
         row["parameters"] += number_of_values(parameter)
         if name in frozen_matrices and new_rows:
@@ -295,13 +294,15 @@ def print_plan(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArgumen
     ]
     table("Freezing", ["part", "tensors", "parameters", "share", "learning rate", "phase"], cells)
     when = " in the end" if len(plan.phases) > 1 else ""
-    say(f"{trainable:,} of {total:,} parameters train{when} ({trainable / total:.2%})")
+    adapter = ", the adapter's included," if adapter_names(model) else ""
+    say(f"{trainable:,} of {total:,} parameters{adapter} train{when} ({trainable / total:.2%})")
 
 
 def _when(row: dict[str, Any]) -> list[str]:
     if row["phase"] is None:
         return ["frozen", ""]
     start = f", after step {row['from_step']:,}" if row["from_step"] else ""
+    start += f", {row['warmup_steps']:,} of warm-up" if row["warmup_steps"] else ""
     return [f"{row['learning_rate']:.3g}", f"{row['phase']}{start}"]
 
 
@@ -326,7 +327,7 @@ def fingerprint_frozen(model: PreTrainedModel, plan: FreezingPlan) -> dict[str, 
 
 
 def check_frozen(model: PreTrainedModel, plan: FreezingPlan, before: dict[str, str]) -> int:
-    """Compare frozen tensors with their fingerprints, and return how many there are.
+    """Compare frozen tensors with their fingerprints; say and return how many there are.
 
     Raises:
         RuntimeError: one has changed.
@@ -334,4 +335,8 @@ def check_frozen(model: PreTrainedModel, plan: FreezingPlan, before: dict[str, s
     changed = [name for name, digest in fingerprint_frozen(model, plan).items() if before[name] != digest]
     if changed:
         raise RuntimeError(f"{len(changed)} frozen tensors have changed in training: {', '.join(changed[:5])}")
+    if before:
+        say(f"frozen: {len(before):,} tensors, bit for bit as they were before training")
+    else:
+        say("frozen: no tensor throughout, each trained in some phase")
     return len(before)

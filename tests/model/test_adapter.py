@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit.errors import UserError
 from kit.model.adapter import (
@@ -16,8 +16,10 @@ from kit.model.adapter import (
 from kit.model.adapter_files import Adapter, base_facts, load_adapter, merge_adapter, merged_difference
 from kit.model.embeddings import resize_and_initialise
 from kit.model.new_rows import is_new_rows, new_row_ids
+from kit.model.parts import adapter_names
 from kit.model.vocabulary import extend_tokenizer
 from kit.recipe.adapter import AdapterSection
+from kit.recipe.models import ModelSection
 from kit.recipe.vocabulary import VocabularySection
 from tests.material import make_tokenizer
 from tests.model.models import MODELS
@@ -94,7 +96,7 @@ def adapted_and_trained(model, section, new_ids=(), rows=320):
 
 def test_base_keeps_every_bit_and_everything_reloads(build, section, tmp_path):
     model, fresh = build(), logits(build())
-    facts = base_facts(model, "org/name", "main")
+    facts = base_facts(model, ModelSection(name_or_path="org/name", revision="main"))
     adapted, base = adapted_and_trained(model, section)
     assert all(torch.equal(p, before) and not p.requires_grad for _, p, before in base.values())
     expected = logits(adapted)
@@ -296,7 +298,7 @@ def test_new_tokens_in_spare_rows(tmp_path):
     ("kind", "values", "message"),
     [
         ("gpt2", {"target_modules": ["c_attnn"]}, r"target_modules: `c_attnn` matches.*did you mean `c_attn`"),
-        ("llama", {"target_modules": ["q_proj", "c_attn"]}, r"`c_attn` matches no module.*its layers: .*q_proj"),
+        ("llama", {"target_modules": ["q_proj", "c_attn"]}, r"`c_attn` matches no module.*Its layers: .*q_proj"),
         ("llama", {"target_modules": "q_proj"}, r"`q_proj` matches no module.*q_proj"),
         ("llama", {"target_modules": "(q"}, r"`\(q` is no regular expression"),
         ("llama", {"target_modules": []}, r"peft refuses.*the model's layers: .*q_proj"),
@@ -343,7 +345,7 @@ def test_adapter_in_an_adapter():
 @pytest.fixture
 def saved(tmp_path):
     model = MODELS["llama"]()
-    facts = base_facts(model, "org/name", "abc")
+    facts = base_facts(model, ModelSection(name_or_path="org/name", revision="abc"))
     save_adapter(add_adapter(model, AdapterSection(**LORA)), tmp_path / "adapter", facts)
     return tmp_path / "adapter"
 
@@ -415,6 +417,47 @@ def test_a_wrong_merge_is_found(monkeypatch):
     monkeypatch.setattr(type(adapted.base_model), "merge_and_unload", lambda self, **_: self.unload())
     with pytest.raises(RuntimeError, match="other logits"):
         merge_adapter(adapted)
+
+
+def test_a_merge_without_a_small_adapter_is_found(monkeypatch):
+    """What an adapter that has hardly learned does is less than rounding to 16 bits; that it is missing shows yet."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        adapted = add_adapter(MODELS["llama"]().to(dtype), AdapterSection(**LORA))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=1e-3)
+        whole = copy.deepcopy(adapted)
+        assert merge_adapter(whole)[1] < 2e-5
+        monkeypatch.setattr(type(adapted.base_model), "merge_and_unload", lambda self, safe_merge: self.unload())
+        with pytest.raises(RuntimeError, match="where the adapter moves them"):
+            merge_adapter(adapted)
+        monkeypatch.undo()
+
+
+def test_default_targets_in_some_blocks():
+    for name in ("gpt2", "llama"):
+        model = add_adapter(MODELS[name](), AdapterSection(**LORA, layers_to_transform=[1])).get_base_model()
+        own = adapter_names(model)
+        assert own
+        assert all(".1." in parameter for parameter in own)
+
+
+def test_experts():
+    config = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 64}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config, **sizes))
+    description = describe_adapter(add_adapter(model, AdapterSection(**LORA)))
+    assert any("experts" in name for name in description.target_modules) or description.parameters > 0
+
+
+def test_own_biases_that_train_are_told_apart():
+    model = MODELS["gpt2"]()
+    biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
+    total = model.num_parameters()
+    description = describe_adapter(add_adapter(model, AdapterSection(**LORA, bias="all")))
+    assert (description.own_parameters, description.base_parameters) == (biases, total)
+    assert f"{biases:,} of the base model's own" in str(description)
 
 
 def test_merged_difference_is_relative():

@@ -1,8 +1,10 @@
 """The `adapter` section: peft's own keys, checked by name, type and range; and what the kit does not take."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -29,11 +31,9 @@ def test_null_takes_a_key_back():
 
 
 def test_values_of_nested_types():
-    found = config(
-        type="lora", rank_pattern={"c_attn": 2}, monteclora_config={"num_samples": 4}, init_lora_weights=False
-    )
+    found = config(type="lora", rank_pattern={"c_attn": 2}, velora_config={"num_groups": 4}, init_lora_weights=False)
     assert found.rank_pattern == {"c_attn": 2}
-    assert found.monteclora_config.num_samples == 4
+    assert found.velora_config.num_groups == 4
     assert found.init_lora_weights is False
     assert config(type="lora", init_lora_weights="pissa_niter_4").init_lora_weights == "pissa_niter_4"
 
@@ -76,10 +76,10 @@ def test_what_else_a_type_needs():
         ({"type": "lora", "target_modules": [3]}, r"adapter\.target_modules: "),
         ({"type": "lora", "init_lora_weights": "good"}, r"adapter\.init_lora_weights: .*gaussian"),
         ({"type": "lora", "init_lora_weights": "eva"}, r"adapter\.init_lora_weights: .*training data"),
-        ({"type": "lora", "monteclora_config": {"samples": 1}}, r"monteclora_config\.samples: .*you.*`num_samples`"),
-        ({"type": "lora", "monteclora_config": {"num_samples": 0}}, r"monteclora_config: `num_samples` must be"),
-        ({"type": "lora", "monteclora_config": {"num_samples": "a"}}, r"monteclora_config\.num_samples: .*integer"),
-        ({"type": "lora", "monteclora_config": 3}, r"monteclora_config: found the number 3; expected a mapping"),
+        ({"type": "lora", "velora_config": {"groups": 1}}, r"velora_config\.groups: .*you.*`num_groups`"),
+        ({"type": "lora", "velora_config": {"num_groups": 0}}, r"velora_config: `num_groups` should be"),
+        ({"type": "lora", "velora_config": {"num_groups": "a"}}, r"velora_config\.num_groups: .*integer"),
+        ({"type": "lora", "velora_config": 3}, r"velora_config: found the number 3; expected a mapping"),
         ({"type": "lora", "target_modules": "x.*", "layers_to_transform": [1]}, r"adapter: peft refuses .*layers_to"),
         ({"type": " lora"}, r"adapter\.type: .*did you mean `lora`\?"),
         ({"type": "lora", "r": [8]}, r"adapter\.r: found a list; expected an integer"),
@@ -120,9 +120,20 @@ def test_refused_keys_are_keys_of_peft():
     """A name that peft drops would be refused for nothing."""
     import dataclasses
 
-    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    assert set(REFUSED_KEYS) <= {field.name for field in dataclasses.fields(LoraConfig)}
+    known = {field.name for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in dataclasses.fields(kind)}
+    assert set(REFUSED_KEYS) <= known
+
+
+def test_what_needs_more_than_a_forward_pass_is_known():
+    """A type that has to be told of each step, or adds to the loss, would train something else without a word."""
+    import peft
+
+    calls = re.compile(r"def (update_and_allocate|get_variational_loss|_get_\w*loss)\b")
+    folder = Path(peft.__file__).parent / "tuners"
+    found = {path.relative_to(folder).parts[0] for path in folder.rglob("*.py") if calls.search(path.read_text())}
+    assert found == {"adalora", "adamss", "lora"}  # refused by type, by `use_asa`, by `monteclora_config`
 
 
 @pytest.mark.parametrize("values", [{}, {"type": ""}, {"type": 3}])

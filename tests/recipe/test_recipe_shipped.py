@@ -52,6 +52,13 @@ def test_a_header_is_read_over_its_lines(tmp_path, monkeypatch):
     assert (recipe.purpose, recipe.needs) == ("What it does.", "a file, and another.")
 
 
+def test_a_copy_names_its_own_run(tmp_path):
+    show_recipes("text/lm_gpt2_lora", str(tmp_path / "mine.yaml"))
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "kit merge runs/mine " in text
+    assert "runs/lm_gpt2_lora" not in text
+
+
 @pytest.mark.parametrize(
     "name", ["text/lm_gpt2_full", "lm_gpt2_full", "lm_gpt2_full.yaml", "recipes/text/lm_gpt2_full.yaml"]
 )

@@ -350,6 +350,14 @@ def test_no_backward_below_what_trains(checkpointing, tmp_path):
 # ---- proof of gradients
 
 
+def test_a_dead_adapter_is_told(capsys):
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("a.A", "a.B", "b.A", "b.B")}
+    for name, parameter in parameters.items():
+        parameter.grad = torch.ones(2) if name == "a.B" else torch.zeros(2)
+    check_gradients(parameters, 1, {"a": {"a.A", "a.B"}, "b": {"b.A", "b.B"}})
+    assert "the gradient of 2 tensors that should train is zero: b.A, b.B" in " ".join(capsys.readouterr().out.split())
+
+
 def test_checkpointing_that_stops_gradients(tmp_path):
     """Reentrant, a block whose input needs no gradient computes none for its own weights."""
 

@@ -1,16 +1,18 @@
 """A freezing plan during training: what trains at a step, without dropout in what does not, and proof of gradients."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from kit.console import warn
+from kit.console import say, warn
 from kit.errors import UserError
+from kit.model.freezing import count_parameters
 from kit.model.new_rows import is_new_rows
-from kit.model.parts import adapter_names
+from kit.model.parts import adapters_by_module
 from kit.training.parameter_groups import Phase, check_phases, ever_trained, phase_at, sets_change
 
 _MOST_NAMED = 5
@@ -72,7 +74,7 @@ class Unfreezing(TrainerCallback):
         self._proven = self._phase
         wanted = self.phases[self._phase].trainable
         parameters = {name: p for name, p in model.named_parameters() if name in wanted}
-        check_gradients(parameters, state.global_step + 1, adapter_names(model))
+        check_gradients(parameters, state.global_step + 1, adapters_by_module(model))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the whole model be put into training mode again."""
@@ -92,6 +94,9 @@ class Unfreezing(TrainerCallback):
         set_trainable(self._model, self.phases[phase].trainable)
         self._phase, self._frozen = phase, frozen_modules(self._model)
         self._model.train(self._model.training)
+        if len(self.phases) > 1:
+            _, trains = count_parameters(self._model)
+            say(f"step {step + 1:,}: phase {phase + 1} of {len(self.phases)}, {trains:,} parameters train")
 
     def _train(self, mode: bool = True) -> PreTrainedModel:
         """Do as `Module.train` does, and leave frozen modules in evaluation mode: Trainer calls it in each step."""
@@ -137,13 +142,16 @@ def frozen_modules(model: PreTrainedModel) -> list[nn.Module]:
     return list(found)
 
 
-def check_gradients(parameters: dict[str, nn.Parameter], step: int, of_adapter: Sequence[str] = ()) -> None:
+def check_gradients(
+    parameters: Mapping[str, nn.Parameter], step: int, adapters: Mapping[str, Set[str]] = MappingProxyType({})
+) -> None:
     """Check that each parameter has a gradient; warn of zeros, which rows of tokens that do not occur may well have.
 
     Args:
         parameters: name → what should train.
         step: the optimizer step about to be made, counted from 1, for the message.
-        of_adapter: names of those that may well have zeros too: one factor of a product that begins as zero.
+        adapters: the names of those that belong to one adapter. One with a gradient is enough: of a product of which
+            a factor begins as zero the other has none yet.
 
     Raises:
         UserError: one has none.
@@ -155,8 +163,10 @@ def check_gradients(parameters: dict[str, nn.Parameter], step: int, of_adapter: 
             f"{_named(without)}; expected one for each. If `training` turns on activation checkpointing with "
             f"`use_reentrant: true`, leave that out; what the loss does not depend on is to be frozen"
         )
-    looked_at = {name: p for name, p in parameters.items() if not is_new_rows(name) and name not in of_adapter}
-    zeros = [name for name, p in looked_at.items() if not p.grad.any()]
+    zero = {name for name, p in parameters.items() if not is_new_rows(name) and not p.grad.any()}
+    of_adapters = {name for names in adapters.values() for name in names}
+    dead = [name for names in adapters.values() if (ours := names & parameters.keys()) <= zero for name in sorted(ours)]
+    zeros = [name for name in parameters if name in zero and name not in of_adapters] + dead
     if zeros:
         warn(f"in step {step}, the gradient of {len(zeros)} tensors that should train is zero: {_named(zeros)}")
 
