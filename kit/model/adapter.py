@@ -29,6 +29,7 @@ from kit.recipe.adapter import PEFT_ERRORS, AdapterSection, check_adapter, peft_
 
 # They are defined on certain layers, which peft knows per architecture.
 _OWN_TARGETS = {"IA3", "LN_TUNING", "BEFT"}
+_EXPECTED = re.compile("fan_in_fan_out|tie_word")  # warnings of what the kit looks after
 
 
 def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequence[int] = ()) -> PeftModel:
@@ -128,10 +129,11 @@ def _inject(model: PreTrainedModel, config: PeftConfig, section: AdapterSection)
                 f"adapter: peft refuses these settings for {type(model).__name__}: {reason}{hint}"
             ) from None
     for text, kind in {" ".join(str(warning.message).split()): warning.category for warning in caught}.items():
-        if issubclass(kind, RuntimeWarning) and {"rank_pattern", "alpha_pattern"} & set(section.options()):
-            # Keys that match nothing, which peft would go on without.
-            raise UserError(f"adapter: {text.replace(' and were ignored', '').rstrip('.')}{layers}")
-        if issubclass(kind, UserWarning) and "fan_in_fan_out" not in text and "tie_word" not in text:
+        if "_pattern keys did not match" in text:
+            # Peft would go on without them; it also writes such keys itself, for experts.
+            if {"rank_pattern", "alpha_pattern"} & set(section.options()):
+                raise UserError(f"adapter: {text.replace(' and were ignored', '').rstrip('.')}{layers}")
+        elif issubclass(kind, UserWarning | RuntimeWarning) and not _EXPECTED.search(text):
             warn(f"peft: {text}")
     return adapted
 

@@ -278,11 +278,9 @@ def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
         raise UserError(
             "merge: a merge into quantised weights would round the adapter away; load the base without `load_in_4bit`"
         )
-    stored, types = (
-        plain.dtype,
-        {name.replace(".base_layer.", "."): weight.dtype for name, weight in plain.named_parameters()},
-    )
-    precision = torch.promote_types(plain.dtype, torch.float32)
+    stored = plain.dtype
+    types = {name.replace(".base_layer.", "."): weight.dtype for name, weight in plain.named_parameters()}
+    precision = torch.promote_types(stored, torch.float32)
     for weight in plain.parameters():
         weight.data = weight.data.to(torch.promote_types(weight.dtype, precision))
     expected = _logits(plain)

@@ -35,9 +35,7 @@ def insert_adapter(
     description = describe_adapter(adapted)
     say(str(description))
     if description.parameters > description.base_parameters:
-        warn(
-            "the adapter has more parameters than the model that it adapts: a lower rank, or no adapter, does with less"
-        )
+        warn("the adapter has more parameters than the model that it adapts: a lower rank would do")
     return Adapter(adapted, base, tuple(new_ids))
 
 
