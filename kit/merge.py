@@ -60,5 +60,7 @@ def merge(target: str, output: str | None) -> None:
     saved_model_difference(merged, folder)
     if is_run:
         write_json(directory.manifest, directory.read_manifest() | {"merged_logits_differ_by": difference})
-    say(f"merged: the largest difference of a logit is {difference:.1g} of the largest logit, which is rounding")
+    stored = str(merged.dtype).removeprefix("torch.")
+    then = f"; the merged weights are then rounded to {stored}, as the base's are" if merged.dtype.itemsize < 4 else ""
+    say(f"merged: the largest difference of a logit is {difference:.1g} of the largest logit, which is rounding{then}")
     say(f"model: {folder}, which `from_pretrained` loads alone; loaded again it gives the same logits, bit for bit")

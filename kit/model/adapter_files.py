@@ -123,7 +123,7 @@ class Adapter:
             warnings.simplefilter("ignore")  # peft takes a bias for what FSDP has left of a matrix
             # It would save the whole embeddings where they have grown, and look on the Hub whether they have.
             self.model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink()  # peft's, a form that nobody has filled in
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
         config = copy.deepcopy(plain.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # is said in the record; here it would quantise the merged model

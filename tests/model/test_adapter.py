@@ -447,8 +447,12 @@ def test_experts():
     config = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 64}
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config, **sizes))
+    total = model.num_parameters()
     description = describe_adapter(add_adapter(model, AdapterSection(**LORA)))
-    assert any("experts" in name for name in description.target_modules) or description.parameters > 0
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.self_attn.q_proj"} <= {
+        *description.target_modules
+    }
+    assert description.base_parameters == total
 
 
 def test_own_biases_that_train_are_told_apart():
