@@ -30,10 +30,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)  ## Create .venv and install the kit with its development tools
 
 .PHONY: demo
-demo: $(INSTALLED)  ## Pretrain a small GPT-2 offline, give it the words of API documentation, adapt it to that
+demo: $(INSTALLED)  ## Pretrain a small GPT-2 offline, adapt it to API documentation and its words, make it a classifier
 	$(BIN)/kit train recipes/offline/lm_gpt2_pretrain.yaml
 	$(BIN)/kit vocabulary mine recipes/offline/lm_gpt2_words.yaml --count 100 --overwrite
 	$(BIN)/kit train recipes/offline/lm_gpt2_words.yaml
+	$(BIN)/kit train recipes/offline/cls_gpt2_packages.yaml
 
 .PHONY: test
 test: $(INSTALLED)  ## Run the tests, offline
@@ -76,6 +77,10 @@ prepare: $(INSTALLED)  ## Tokenise RECIPE's data and measure its base model, wit
 evaluate: $(INSTALLED)  ## Measure RUN's model on its recipe's sets
 	$(BIN)/kit evaluate $(RUN) $(ARGS)
 
+.PHONY: predict
+predict: $(INSTALLED)  ## Classify the rows of FILE with RUN's model; ARGS="-o out.csv"
+	$(BIN)/kit predict $(RUN) $(FILE) $(ARGS)
+
 .PHONY: generate
 generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
 	$(BIN)/kit generate $(RUN) --prompt "$(PROMPT)" $(ARGS)
@@ -104,6 +109,10 @@ bench-vocabulary: $(INSTALLED)  ## Compare what new words' embeddings begin as, 
 .PHONY: bench-freezing
 bench-freezing: $(INSTALLED)  ## Compare what to train: all, a part, phases, LoRA; bits per byte, time, memory
 	$(BIN)/python benchmarks/freezing.py $(ARGS)
+
+.PHONY: bench-classification
+bench-classification: $(INSTALLED)  ## Compare classifiers with TF-IDF on several splits, on the demo's model and docstrings
+	$(BIN)/python benchmarks/classification.py $(ARGS)
 
 .PHONY: schema
 schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors

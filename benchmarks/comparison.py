@@ -15,7 +15,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 DEMO_CORPUS = {"builtin": "docstrings", "packages": ["accelerate", "datasets", "huggingface_hub", "numpy", "peft"]}
 DEMO_GENERAL = {"builtin": "python-reference", "fraction": 0.03}
-_PLACES = ("base", "corpus", "general", "work", "output")  # of this machine
+_PLACES = ("base", "corpus", "general", "spam", "trec", "sections", "citations", "work", "output")  # of this machine
 
 
 # ---- options

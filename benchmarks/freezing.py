@@ -44,9 +44,10 @@ from comparison import (
 from transformers import AutoConfig, TrainerCallback
 
 from kit.console import quiet_libraries
-from kit.run import TASKS, Run, extend_model, prepare_run, resolve_recipe, run_training
+from kit.run import TASKS, Run, extend_model, prepare_run, run_training
 from kit.training.arguments import make_training_arguments
 from kit.training.preemption import Preemption
+from kit.training.resolving import resolve_recipe
 from kit.training.run_directory import RunDirectory
 
 # What `--sweep` chose for a GPT-2 of 9 M parameters that went from novels to the Python documentation; see `sweep` in

@@ -7,37 +7,31 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kit.console import is_main_process, quiet_libraries, say, table, warn
-from kit.data.store import TokenStore
-from kit.evaluation.samples import check_prompts
 from kit.model.freezing import count_parameters
-from kit.model.tokenizer import decoder
 from kit.recipe.loading import recipe_fingerprint
 from kit.recipe.models import Recipe
-from kit.run import TASKS, Run, extend_model, prepare_run, resolve_recipe, run_training
+from kit.run import TASKS, Run, extend_model, prepare_run, run_training
 from kit.training.arguments import make_training_arguments
 from kit.training.checkpoints import choose_checkpoint
 from kit.training.earlier_run import effective_resume, is_finished
 from kit.training.memory import estimate_memory, out_of_memory_explained
-from kit.training.plan import StepPlan, plan_steps
+from kit.training.plan import StepPlan
 from kit.training.preemption import Preemption
+from kit.training.resolving import resolve_recipe
 from kit.training.run_directory import RunDirectory, read_status
 from kit.training.topology import barrier, check_topology, describe, from_main_process
 
-_SAMPLE_TOKENS = 32
 _PROBE_STEPS = 2
 _PROBE_DOCUMENTS = 4
 _GIB = 2**30
-_CHUNK = 1 << 24  # tokens
 
 
 def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
@@ -64,9 +58,9 @@ def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
     with out_of_memory_explained(recipe, args):
         run = prepare_run(recipe, args, None)
         from_main_process(lambda: _check_rest(run, directory, resume))
-        plan = plan_steps(len(run.corpus.rows), args)
+        plan = run.plan_steps()
         if is_main_process():
-            print_samples_of_sources(run)
+            run.task.print_examples(run.corpus, run.tokenizer)
         run = extend_model(run)
         if is_main_process():
             print_what_trains(run)
@@ -85,7 +79,7 @@ def _check_folder(recipe: Recipe, directory: RunDirectory, seed: int) -> tuple[s
     """
     directory.check()
     recipe = recipe.model_copy(update={"run": effective_resume(recipe, directory)})
-    finished = is_finished(recipe, directory, seed)
+    finished = is_finished(recipe, TASKS[recipe.task], directory, seed)
     status = read_status(directory.path)
     state = "a new run" if status == "missing" else f"holds a run: {status}"
     return recipe.run.resume, f"{state}: nothing is left to do" if finished else state
@@ -102,66 +96,7 @@ def _check_rest(run: Run, directory: RunDirectory, resume: str) -> None:
         checkpoint = choose_checkpoint(resume, directory.checkpoints, run.args.world_size, fingerprints)
         if checkpoint:
             say(f"goes on from {checkpoint}")
-    generation = run.recipe.evaluation.generation.model_dump()
-    check_prompts(run.model, run.tokenizer, run.recipe.evaluation.prompts, **generation)
-
-
-def print_samples_of_sources(run: Run) -> None:
-    """Print a document of every source as the model sees it: where tokens begin, and how it ends."""
-    corpus, tokenizer = run.corpus, run.tokenizer
-    stores = {
-        store.key: (store, documents, "trains")
-        for store, documents in ((part.store, part.documents) for part in corpus.rows.parts)
-    }
-    for name, documents in corpus.sets.items():
-        for store, chosen in documents.stores:
-            stores.setdefault(store.key, (store, chosen, f"evaluation set `{name}`"))
-    for name, documents in corpus.sets.items():
-        tokens = int(documents.lengths.sum())
-        say(
-            f"evaluation set `{name}`: {len(documents.lengths):,} documents, {documents.num_bytes:,} bytes, {tokens:,} "
-            f"tokens"
-        )
-    for store, documents, use in stores.values():
-        if not len(documents):
-            continue
-        num_bytes, tokens = int(store.num_bytes[documents].sum()), store.count_tokens(documents)
-        say(
-            f"\n{store.name} ({use}): {len(documents):,} documents, {num_bytes:,} bytes, "
-            f"{num_bytes / tokens:.2f} bytes per token; its first, with `│` between tokens:"
-        )
-        say(f"  {_show_tokens(store, int(documents[0]), corpus.rows.context_token_id, tokenizer)}")
-        ends = (
-            np.count_nonzero(store.tokens[i : i + _CHUNK] == store.tokens[-1])
-            for i in range(0, len(store.tokens), _CHUNK)
-        )
-        inside = sum(ends) - store.num_documents
-        if inside:
-            warn(
-                f"{store.name}: the text holds {tokenizer.eos_token} {inside:,} times, which is read as the token that "
-                f"ends documents"
-            )
-
-
-def _show_tokens(store: TokenStore, document: int, context: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    ids = store.document(document).tolist()
-    # A few more than are shown: they tell whether the last one shown ends in the middle of a character.
-    pieces = [tokenizer.decode([context]), *_pieces(ids[: _SAMPLE_TOKENS + 8], tokenizer)[:_SAMPLE_TOKENS]]
-    if len(ids) > _SAMPLE_TOKENS:
-        pieces.append(f" … {len(ids) - _SAMPLE_TOKENS:,} more … ")
-    pieces.append(tokenizer.decode([int(store.tokens[store.offsets[document + 1] - 1])]))
-    return "│".join(piece.replace("\n", "⏎").replace("\t", "⇥") for piece in pieces)
-
-
-def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text that each token adds; a character of several tokens comes with the last of them."""
-    decode, pieces, shown = decoder(tokenizer), [], ""
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[:end])
-        whole = text if end == len(ids) else text.rstrip("\ufffd")
-        pieces.append(whole[len(shown) :])
-        shown = max(shown, whole, key=len)
-    return pieces
+    run.task.check_prompts(run.model, run.tokenizer, run.recipe)
 
 
 def print_what_trains(run: Run) -> None:
@@ -179,18 +114,18 @@ def print_what_trains(run: Run) -> None:
 
 
 def print_plan(run: Run, plan: StepPlan) -> None:
-    """Print rows, steps and tokens."""
-    args, block_size = run.args, run.recipe.data.block_size
-    per_epoch = sum(row.trained for row in run.corpus.ledger)
+    """Print rows, steps and what else the task counts."""
+    args = run.args
     factors = [str(args.per_device_train_batch_size)]
     factors += [str(n) for n in (args.gradient_accumulation_steps, args.world_size) if n > 1]
+    per_step, in_all = run.task.describe_steps(run.corpus, run.recipe, plan.rows_per_step, plan.epochs)
     say(
-        f"{' × '.join(factors)} rows × {block_size:,} tokens = {plan.rows_per_step * block_size:,} tokens per "
-        f"optimizer step; {plan.rows:,} rows = {plan.steps_per_epoch:,} steps per epoch"
+        f"{' × '.join(factors)} rows{per_step} per optimizer step; {plan.rows:,} rows = {plan.steps_per_epoch:,} steps "
+        f"per epoch"
     )
     evaluations, checkpoints = plan.stops
     say(
-        f"{plan.steps:,} steps = {plan.epochs:.2f} epochs = about {per_epoch * plan.epochs:,.0f} label positions; "
+        f"{plan.steps:,} steps = {plan.epochs:.2f} epochs{in_all}; "
         f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value}, {args.get_warmup_steps(plan.steps):,} "
         f"warm-up steps); {evaluations:,} evaluations and {checkpoints:,} checkpoints on the way"
     )
@@ -198,8 +133,8 @@ def print_plan(run: Run, plan: StepPlan) -> None:
 
 def print_memory(run: Run) -> None:
     """Print an estimate of the memory that training takes on one device, and what the device has."""
-    inputs = run.corpus.collate([run.corpus.rows[0]]).keys()
-    parts = estimate_memory(run.model, run.args, run.task, run.recipe.data.block_size, inputs)
+    batch = run.task.largest_batch(run.corpus, run.recipe, run.args)
+    parts = estimate_memory(run.model, run.args, run.task, batch)
     known = sum(size for size in parts.values() if size is not None)
     rows = [[name, "unknown" if size is None else _in_gib(size)] for name, size in parts.items()]
     table(

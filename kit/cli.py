@@ -104,6 +104,61 @@ def generate(
     )
 
 
+@app.command()
+def predict(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, a model folder or a Hub model.")
+    ],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="CSV, TSV, JSON lines, Parquet, or a text a line; `-`: standard input."),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="A file, .csv, .tsv or .jsonl; else CSV to the terminal or a pipe."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    text_column: Annotated[
+        str | None, typer.Option(help="The text, in place of the run's column or template; else `text`.")
+    ] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="The second text, in place of the run's.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="text, jsonl, csv, tsv or parquet, where the name says another or none.")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Of CSV and TSV; else found out.")] = None,
+    quoting: Annotated[
+        bool | None, typer.Option("--quoting/--no-quoting", help='Whether `"` quotes fields; else found out.')
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Such as latin-1; else UTF-8.")] = None,
+    column_names: Annotated[
+        str | None, typer.Option(help="Of CSV and TSV without a header: the columns, with commas between.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 64,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+) -> None:
+    """Classify each row of a file: its columns, `predicted_label` and a `probability_…` of each label.
+
+    CSV is written as RFC 4180 says; TSV is quoted like it, where a text holds a tab, a quote or a line break.
+    """
+    from kit.predict import predict as predict_file
+
+    predict_file(
+        model,
+        file,
+        output=output,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        revision=revision,
+        text_column=text_column,
+        text_pair_column=text_pair_column,
+        format=format,
+        delimiter=delimiter and delimiter.replace("\\t", "\t"),
+        quoting=quoting,
+        encoding=encoding,
+        column_names=column_names and column_names.split(","),
+    )
+
+
 @vocabulary.command()
 def mine(
     recipe: RecipeFile,
@@ -198,10 +253,10 @@ def env() -> None:
 @app.command()
 def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print how a recipe's run stands, and exit with the run's own code; for scripts behind a launcher."""
-    from kit import run
+    from kit.training.resolving import status as run_status
     from kit.training.run_directory import exit_code
 
-    folder, found = run.status(recipe, overrides or [])
+    folder, found = run_status(recipe, overrides or [])
     typer.echo(f"{folder}: {found}")
     raise typer.Exit(exit_code(found))
 

@@ -19,22 +19,21 @@ from transformers import (
 
 from kit.console import is_main_process, quiet_libraries, say, warn
 from kit.data.corpus import Corpus
-from kit.data.ledger import check_dropped, ledger_as_json, print_ledger
+from kit.data.labeled_corpus import LabeledCorpus
 from kit.errors import UserError
-from kit.evaluation.samples import continue_prompts, print_samples
-from kit.evaluation.scorecard import Figures, make_scorecard, print_figures, print_scorecard
-from kit.files import build_once, hash_values, make_folder, read_json, read_seal, write_json
+from kit.evaluation.samples import print_samples
+from kit.evaluation.scorecard import Figures
+from kit.files import hash_values, make_folder, read_json, write_json, write_text
 from kit.model.adapter_files import Adapter, base_facts
-from kit.model.declared_tokens import with_tokens_read
 from kit.model.freezing import count_parameters
 from kit.model.loading import model_key
 from kit.model.saving import save_model, saved_model_difference
-from kit.model.tokenizer import describe_special_tokens, tokenizer_key
+from kit.model.tokenizer import tokenizer_key
 from kit.model.vocabulary import Extension
 from kit.model.vocabulary_audit import print_audit
 from kit.recipe.loading import dump_recipe, load_recipe, overrides_for_model, recipe_fingerprint
 from kit.recipe.models import Recipe
-from kit.tasks import causal_lm
+from kit.tasks import causal_lm, sequence_classification
 from kit.tracking import WandbTracker, tracked
 from kit.training.adapters import adapter_key, insert_adapter
 from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
@@ -46,10 +45,12 @@ from kit.training.callbacks.unfreezing import Unfreezing
 from kit.training.checkpoints import choose_checkpoint, discard_after
 from kit.training.earlier_run import check_same_recipe, effective_resume, inputs_key, is_finished
 from kit.training.freezing import FreezingPlan, check_frozen, fingerprint_frozen, make_plan, plan_as_rows, print_plan
+from kit.training.measured import measured_once
 from kit.training.memory import out_of_memory_explained
-from kit.training.plan import plan_steps
+from kit.training.plan import StepPlan, plan_steps
 from kit.training.preemption import Preemption
-from kit.training.run_directory import RunDirectory, read_status
+from kit.training.resolving import resolve_recipe
+from kit.training.run_directory import RunDirectory
 from kit.training.topology import (
     barrier,
     check_agreement,
@@ -60,8 +61,8 @@ from kit.training.topology import (
 )
 from kit.training.trainer import KitTrainer
 
-_BEFORE_FORMAT = 2  # raise it whenever a figure is computed, or a sample drawn or shown, in another way
-TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm}
+_BEFORE_FORMAT = 3  # raise it whenever a figure is computed, or a sample drawn or shown, in another way
+TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm, "sequence-classification": sequence_classification}
 
 
 def train(recipe_path: str, overrides: list[str]) -> None:
@@ -73,19 +74,20 @@ def train(recipe_path: str, overrides: list[str]) -> None:
     """
     quiet_libraries()
     recipe = resolve_recipe(recipe_path, overrides)
+    task = TASKS[recipe.task]
     directory = RunDirectory(recipe.run.output_dir)
     with attempt(directory, recipe) as preemption:
-        args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
+        args, precision = make_training_arguments(recipe, task, directory.checkpoints)
         check_topology(args)
         asked = recipe
         recipe = asked.model_copy(update={"run": from_main_process(lambda: effective_resume(asked, directory))})
         if recipe.run.resume == "never":
             from_main_process(directory.move_aside)
-        elif from_main_process(lambda: is_finished(recipe, directory, args.seed)):
-            print_scorecard(read_json(directory.scorecard))
+        elif from_main_process(lambda: is_finished(recipe, task, directory, args.seed)):
+            task.print_scorecard(read_json(directory.scorecard))
             say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
             return
-        inputs = from_main_process(lambda: inputs_key(recipe, args.seed))
+        inputs = from_main_process(lambda: inputs_key(recipe, task, args.seed))
         facts = {"topology": describe(args), "precision": precision, "resume": asked.run.resume, "inputs": inputs}
         directory.start(dump_recipe(asked), **facts)
         say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
@@ -97,9 +99,10 @@ def train(recipe_path: str, overrides: list[str]) -> None:
             directory.note(data=run.corpus.key, model=run.model_key, parameters=total, trainable=trainable)
             with tracked(recipe, directory.path) as tracker:
                 figures = run_training(run, tracker, preemption)
-                after = {"figures": figures or run.measure(), "samples": from_main_process(run.sample)}
+                task.settle(run.model, run.corpus, recipe, args)
+                after = {**run.measure_all(figures), "samples": from_main_process(run.sample)}
                 scorecard = finish(run, before, after, tracker)
-        print_scorecard(scorecard)
+        task.print_scorecard(scorecard)
         merged = f" (an adapter: `kit merge {directory.path}` makes a plain model)" if run.adapter else ""
         say(f"model: {directory.model}{merged}    scorecard: {directory.scorecard}")
 
@@ -117,7 +120,7 @@ def prepare(recipe_path: str, overrides: list[str]) -> None:
             # What a finished run says of itself stays as it is.
             run = prepare_run(recipe, args, None if directory.is_finished() else directory)
             before = measure_before(run)["figures"]
-            print_figures("Before training", before)
+            run.task.print_figures("Before training", before)
             extend_model(run, before)
 
 
@@ -140,10 +143,10 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
     check_topology(args)
     with out_of_memory_explained(recipe, args):
         run = prepare_run(recipe, args, None, measures_only=True)
-        figures = run.measure()
+        figures = run.measure_all()["figures"]
     if not run.corpus.sets:
         raise UserError(f"{recipe_path}: nothing to evaluate: give `data.validation` or `evaluation.sets`")
-    print_figures(recipe.model.name_or_path or "fresh model", figures)
+    run.task.print_figures(recipe.model.name_or_path or "fresh model", figures)
     if output and is_main_process():
         write_json(output, {"task": recipe.task, "model": recipe.model.name_or_path, "sets": figures})
 
@@ -164,7 +167,7 @@ class Run:
     args: TrainingArguments
     directory: RunDirectory | None
     tokenizer: PreTrainedTokenizerBase
-    corpus: Corpus
+    corpus: Corpus | LabeledCorpus
     model: PreTrainedModel
     model_key: str
     extension: Extension | None = None
@@ -175,8 +178,24 @@ class Run:
     adapter: Adapter | None = None
 
     def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
-        """Return the model's figures on every evaluation set."""
+        """Return the model's figures on the evaluation sets that are measured on the way."""
         return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
+
+    def measure_all(self, known: Mapping[str, Figures] | None = None) -> dict[str, Any]:
+        """Return the `figures` of every evaluation set, and what the task tells beside them.
+
+        Args:
+            known: what `measure` has just returned of this very model, if it has.
+        """
+        return self.task.evaluate_all(self.model, self.corpus, self.recipe, self.tokenizer, self.args, known)
+
+    def compare(self) -> dict[str, Any]:
+        """Return the figures of what the task compares the model with."""
+        return self.task.measure_baselines(self.corpus, self.recipe, self.tokenizer, self.args)
+
+    def plan_steps(self) -> StepPlan:
+        """Return the steps of the run."""
+        return plan_steps(len(self.corpus.rows), self.args, len(self.corpus.batches(self.args)))
 
     def save(self, folder: Path) -> float:
         """Write the model, load it again, and return by how much their logits differ: 0.0, or it is an error."""
@@ -184,9 +203,8 @@ class Run:
         return saved_model_difference(self.model, folder, self.recipe.model if self.adapter else None)
 
     def sample(self) -> list[list[str]]:
-        """Return continuations of the recipe's prompts."""
-        generation = self.recipe.evaluation.generation.model_dump()
-        return continue_prompts(self.model, self.tokenizer, self.recipe.evaluation.prompts, **generation)
+        """Return what the model makes of each of the recipe's prompts."""
+        return self.task.sample(self.model, self.corpus, self.recipe, self.tokenizer, self.args)
 
 
 def prepare_run(
@@ -221,26 +239,26 @@ def prepare_run(
     tokenizer, corpus, extension, base = local_main_process_first(prepare_data)
     check_agreement("the same data", corpus.key, tokenizer_key(tokenizer))
     if not measures_only:
-        describe_special_tokens(tokenizer)
-        print_ledger(corpus.ledger)
+        task.print_data(corpus, tokenizer)
         if directory and is_main_process():
-            write_json(directory.ledger, ledger_as_json(corpus.ledger))
-        check_dropped(corpus.ledger, recipe.data.max_dropped)
+            write_json(directory.ledger, corpus.ledger_as_json())
+        task.check_data(corpus, recipe)
         if not corpus.sets:
             warn("nothing is measured, before or after: give `data.validation` or `evaluation.sets`")
-        plan_steps(len(corpus.rows), args)
+        plan_steps(len(corpus.rows), args, len(corpus.batches(args)))
     original = base.tokenizer if base else tokenizer
-    model = task.load_model(recipe, original, args.seed).to(args.device)
-    # Hashing the weights of a large model takes a while: once is enough.
+    model = task.load_model(recipe, original, corpus, args.seed).to(args.device)
+    # Hashing a large model takes a while: once is enough.
     key = from_main_process(lambda: model_key(recipe.model, args.seed))
     return Run(recipe, task, args, directory, tokenizer, corpus, model, key, extension, base)
 
 
 def measure_before(run: Run) -> dict[str, Any]:
-    """Return figures and samples of the base model, with its own tokenizer."""
+    """Return figures and samples of the base model, with its own tokenizer, and those of the task's baselines."""
     if run.base:
         run = dataclasses.replace(run, tokenizer=run.base.tokenizer, corpus=run.base.corpus)
-    return _measure_once(run, "before")
+    baselines = _once(run, ["baselines", run.model_key], run.compare)
+    return {**_measure_once(run, "before"), "baselines": baselines}
 
 
 def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
@@ -265,7 +283,7 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
     if base:
         adapter = insert_adapter(run.model, run.recipe, base, new_ids, run.args.seed)
         check_agreement("the same adapter", adapter_key(run.model), base.fingerprint)
-    plan = make_plan(run.model, run.recipe.freezing, new_ids, plan_steps(len(run.corpus.rows), run.args))
+    plan = make_plan(run.model, run.recipe.freezing, new_ids, run.plan_steps())
     if plan:
         print_plan(run.model, plan, run.args)
         if run.directory and is_main_process():
@@ -278,20 +296,21 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
 
 def _measure_once(run: Run, *state: Any) -> dict[str, Any]:
     """Return figures and samples of the run's model in a certain state, from the store if they were taken before."""
-    sets = {name: documents.key for name, documents in run.corpus.sets.items()}
-    asked = run.recipe.evaluation.model_dump(mode="json")
-    versions = [torch.__version__, transformers.__version__, run.args.device.type]
-    derived_from = [run.model_key, tokenizer_key(run.tokenizer), sets, run.recipe.data.block_size, asked, versions]
-    key = hash_values(*state, _BEFORE_FORMAT, *derived_from)
-    folder = Path(run.recipe.data.store_dir) / "before" / key
-    if not from_main_process(lambda: read_seal(folder) is not None):
+
+    def measure() -> dict[str, Any]:
         # The prompts first: one that is too long should not be found after everything was measured.
         samples = from_main_process(run.sample)
-        measured = {"figures": run.measure(), "samples": samples}
-        if is_main_process():
-            build_once(folder, lambda temporary: write_json(temporary / "before.json", measured))
-        barrier()
-    return read_json(folder / "before.json")
+        return {"figures": run.measure_all()["figures"], "samples": samples}
+
+    return _once(run, [*state, run.model_key, *run.task.begins_as(run.corpus, run.args)], measure)
+
+
+def _once(run: Run, state: Any, measure: Callable[[], Any]) -> Any:
+    """Return what `measure` returns on all processes, from the store if it was measured before."""
+    versions = [torch.__version__, transformers.__version__, run.args.device.type]
+    derived_from = [tokenizer_key(run.tokenizer), run.task.measured_by(run.corpus, run.recipe, run.args), versions]
+    key = hash_values(state, _BEFORE_FORMAT, *derived_from)
+    return measured_once(Path(run.recipe.data.store_dir) / "before" / key, measure)
 
 
 def run_training(
@@ -324,6 +343,7 @@ def run_training(
         args=run.args,
         data_collator=run.corpus.collate,
         train_dataset=run.corpus.rows,
+        batches=run.corpus.batches,
         eval_dataset=run.corpus.sets or None,
         processing_class=run.tokenizer,
         callbacks=callbacks,
@@ -337,7 +357,7 @@ def run_training(
     # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
     # loads the model; the kit passes `use_cache` with every call instead.
     run.model.config.use_cache = use_cache
-    display = Display(lambda: float(trainer.weight_seen), tells_end=not watchers)
+    display = Display(lambda: float(trainer.weight_seen), run.task, tells_end=not watchers)
     trainer.add_callback(display)
     frozen = fingerprint_frozen(run.model, run.plan) if run.plan else {}
     try:
@@ -355,11 +375,13 @@ def run_training(
 
 def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: WandbTracker | None) -> dict[str, Any]:
     """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
-    scorecard = make_scorecard(run.recipe.task, before["figures"], after["figures"], run.untrained)
+    scorecard = run.task.make_scorecard(run.corpus, run.recipe, before, after, run.untrained)
     if is_main_process():
         run.directory.note(reloaded_logits_differ_by=run.save(run.directory.model))
-        pairs = zip(run.recipe.evaluation.prompts, before["samples"], after["samples"], strict=True)
-        samples = [{"prompt": prompt, "before": old, "after": new} for prompt, old, new in pairs]
+        for name, text in after.get("files", {}).items():
+            write_text(run.directory.path / name, text)
+        shown = zip(run.task.prompts(run.recipe), before["samples"], after["samples"], strict=True)
+        samples = [dict(zip(("prompt", "before", "after"), each, strict=True)) for each in shown]
         write_json(run.directory.samples, samples)
         print_samples(samples)
         if run.added:
@@ -369,28 +391,6 @@ def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: Wan
         write_json(run.directory.scorecard, scorecard)
     barrier()
     return scorecard
-
-
-# ---- around a run
-
-
-def status(recipe_path: str, overrides: list[str]) -> tuple[str, str]:
-    """Return the run directory of a recipe and how its run stands."""
-    folder = resolve_recipe(recipe_path, overrides, reads_words=False).run.output_dir
-    return folder, read_status(folder)
-
-
-def resolve_recipe(recipe_path: str, overrides: list[str], reads_words: bool = True) -> Recipe:
-    """Load a recipe and settle the folder of its run, by default named after the file, and the words that it adds.
-
-    A run's own `recipe.yaml` so holds the words themselves, whatever becomes of the file that they were read from.
-    """
-    recipe = load_recipe(recipe_path, overrides)
-    folder = recipe.run.output_dir or f"runs/{Path(recipe_path).stem}"
-    settled = {"run": recipe.run.model_copy(update={"output_dir": folder})}
-    if reads_words:
-        settled["vocabulary"] = with_tokens_read(recipe.vocabulary)
-    return recipe.model_copy(update=settled)
 
 
 def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:

@@ -116,9 +116,7 @@ class WandbTracker:
         if self.run is None:
             return
         try:
-            for name, scores in scorecard["sets"].items():
-                for when, figures in scores.items():
-                    self.run.summary.update({f"scorecard/{name}/{when}/{key}": value for key, value in figures.items()})
+            self.run.summary.update(dict(_figures("scorecard", scorecard["sets"])))
         except Exception as error:
             self._give_up(error)
 
@@ -165,6 +163,15 @@ class _SendLogs(TrainerCallback):
     def _send(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             self.tracker.send(state.log_history)
+
+
+def _figures(path: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every number in nested mappings, under the way to it."""
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _figures(f"{path}/{name}", value)
+        elif isinstance(value, int | float):
+            yield f"{path}/{name}", value
 
 
 def _named(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from kit.model.tokenizer import encoder
 from kit.model.vocabulary import with_words
 from kit.recipe.models import Recipe, TrainedTokenizer
 from kit.recipe.vocabulary import TokensFile
-from kit.run import TASKS, resolve_recipe
+from kit.run import TASKS
+from kit.training.resolving import resolve_recipe
 from kit.training.topology import announced_processes
 
 
@@ -57,6 +58,8 @@ def mine(
     if (processes := announced_processes()[0]) > 1:
         raise UserError(f"kit vocabulary mine: found {processes} processes; expected one: start it without a launcher")
     recipe = resolve_recipe(recipe_path, overrides, reads_words=False)
+    if recipe.task != "causal-lm":
+        raise UserError(f"{recipe_path}: found `task: {recipe.task}`; expected `causal-lm`, whose text is mined")
     named = _named_file(recipe)
     path = Path(output or named or f"{Path(recipe_path).stem}_words.txt").expanduser()
     check_target(path, overwrite)  # before the minutes that mining may take

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.cli import app
-from kit.recipe import adapter, data, freezing, models, vocabulary
+from kit.recipe import adapter, classification, data, freezing, models, vocabulary
 
 KIT = Path(__file__).parents[1] / "kit"
 FILES = sorted(KIT.rglob("*.py"))
@@ -20,7 +20,7 @@ LAYERS = [
     ["data", "model", "evaluation", "tracking"],
     ["tasks"],
     ["training"],
-    ["run", "generate", "merge", "environment"],
+    ["run", "generate", "predict", "merge", "environment"],
     ["check", "vocabulary"],
     ["cli"],
     ["__main__"],
@@ -80,7 +80,8 @@ def test_files_and_functions_are_short():
 
 def test_commands_change_deliberately():
     assert {command.callback.__name__ for command in app.registered_commands} == {
-        "train", "check", "prepare", "evaluate", "generate", "merge", "inspect", "schema", "recipes", "env", "status",
+        "train", "check", "prepare", "evaluate", "generate", "predict", "merge", "inspect", "schema", "recipes", "env",
+        "status",
     }  # fmt: skip
     groups = {group.name: group.typer_instance.registered_commands for group in app.registered_groups}
     assert {name: [command.callback.__name__ for command in commands] for name, commands in groups.items()} == {
@@ -89,14 +90,17 @@ def test_commands_change_deliberately():
 
 
 def test_recipe_keys_change_deliberately():
-    source = (
-        "path dataset config split revision builtin packages format encoding sample_by separator delimiter quoting "
-        "column_names text_column template on_bad_text min_characters max_characters max_documents max_tokens"
+    origin = (
+        "path dataset config split revision builtin packages format encoding delimiter quoting column_names "
+        "text_column template on_bad_text min_characters max_characters max_documents"
     )
+    source = f"{origin} sample_by separator max_tokens"
+    common = "vocabulary freezing adapter training evaluation run tracking"
     parts = "embeddings position_embeddings first_blocks last_blocks final_norm head biases norms patterns"
     sections = {
         models: {
-            "Recipe": "task model data vocabulary freezing adapter training evaluation run tracking",
+            "Recipe": f"task model data {common}",
+            "CausalLmRecipe": f"task model data {common}",
             "ModelSection": "name_or_path revision from_config tokenizer eos_token config dtype attn_implementation "
             "load_in_4bit trust_remote_code",
             "TrainedTokenizer": "vocab_size",
@@ -111,12 +115,26 @@ def test_recipe_keys_change_deliberately():
         data: {
             "DataSection": "train validation replay exact_duplicates near_duplicates evaluation_overlap block_size "
             "packing max_dropped num_proc store_dir",
+            "Origin": origin,
             "Source": source,
             "TrainSource": f"{source} weight",
             "ValidationFraction": "fraction seed",
             "Replay": "sources share",
             "NearDuplicates": "threshold ngram",
             "EvaluationOverlap": "ngram min_shared",
+        },
+        classification: {
+            "LabeledSource": f"{origin} label_column label_columns label_separator label text_pair_column group_column "
+            "on_bad_label",
+            "Split": "validation test seed stratify",
+            "Balance": "method rows seed weights",
+            "Augment": "copies characters words seed",
+            "LabeledDataSection": "train validation test split label_names min_rows_per_label balance augment "
+            "exact_duplicates max_length truncation group_by_length max_tokens_per_batch store_dir",
+            "ZeroShot": "prompt words max_rows",
+            "LabeledEvaluationSection": "sets train_sample baselines zero_shot temperature_scaling "
+            "bootstrap_resamples mistakes examples",
+            "ClassificationRecipe": f"task model data {common}",
         },
         vocabulary: {
             "AddedToken": "content description",

@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from kit import check as check_module
 from kit import run
 from kit.check import check
 from kit.data.corpus import EvaluationDocuments
 from kit.errors import UserError
+from kit.tasks import causal_lm_examples
 from kit.training.run_directory import RunDirectory
 from kit.training.trainer import KitTrainer
 from tests.harness import Fault, run_kit
@@ -75,7 +75,7 @@ def test_pieces_of_a_document_joined_are_the_document(tiny_models, text):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models())
     ids = tokenizer(text)["input_ids"]
-    pieces = check_module._pieces(ids, tokenizer)
+    pieces = causal_lm_examples._pieces(ids, tokenizer)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
 

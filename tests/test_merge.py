@@ -9,12 +9,17 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kit.errors import UserError
 from kit.files import hash_file
 from kit.merge import merge
+from kit.model.adapter import add_adapter
+from kit.model.adapter_files import Adapter, base_facts
+from kit.model.classifier import load_classifier
 from kit.model.loading import load_adapted
+from kit.model.saving import save_model
+from kit.recipe.adapter import AdapterSection
 from kit.recipe.models import ModelSection
 from kit.run import evaluate, train
 from tests.harness import Fault, run_kit
@@ -174,6 +179,29 @@ def test_other_types_of_numbers(recipe, tmp_path, dtype):
     want = logits(load_adapted(run / "model", section).get_base_model(), 320)
     limit = {"bfloat16": 3e-2, "float64": 1e-12}[dtype]
     assert (logits(plain, 320) - want).abs().max() < limit * want.abs().max()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_an_adapted_classifier(tiny_models, tmp_path, architecture):
+    """With its head, its labels and nothing of an adapter; `kit merge` is told nothing of the task."""
+    section = ModelSection(name_or_path=str(tiny_models(architecture)))
+    tokenizer = AutoTokenizer.from_pretrained(section.name_or_path)
+    model, _ = load_classifier(section, tokenizer, ("no", "yes"), False, seed=0)
+    facts = base_facts(model, section)
+    adapter = Adapter(add_adapter(model, AdapterSection(**LORA)), facts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save_model(model, tokenizer, tmp_path / "adapter", adapter)
+    assert run_kit(["merge", tmp_path / "adapter", "--output", tmp_path / "merged"]) == [0]
+    plain, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert plain.config.id2label == {0: "no", 1: "yes"}
+    assert (plain.config.problem_type, plain.config.pad_token_id) == ("single_label_classification", 0)
+    want = logits(model, 320)
+    assert want.shape == (3, 2)
+    assert (logits(plain, 320) - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_checkpoint_into_another_folder(recipe, tmp_path):

@@ -10,8 +10,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from kit import run
 from kit.check import check
+from kit.recipe.classification import ClassificationRecipe
 from kit.recipe.loading import dump_recipe, load_recipe
 from kit.recipe.vocabulary import TokensFile
+from tests.classifiers import ENCODERS, labeled_rows, multi_rows, save_base
 from tests.material import documents
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +29,11 @@ STAND_INS = {
     "openai-community/gpt2-xl": GPT2,
     "distilbert/distilgpt2": GPT2,
     "runs/lm_gpt2_pretrain/model": ("gpt2", {"n_positions": 256}),
+    "runs/lm_gpt2_words/model": ("gpt2", {"n_positions": 256}),
     "HuggingFaceTB/SmolLM2-135M": ("llama", {"max_position_embeddings": 1024}),
     "Qwen/Qwen3-0.6B-Base": ("qwen3", {"max_position_embeddings": 1024}),
+    "distilbert/distilbert-base-uncased": ("distilbert", {"max_position_embeddings": 512}),
+    "answerdotai/ModernBERT-base": ("modernbert", {"max_position_embeddings": 512}),
 }
 # The fresh model of a `from_config` has no path to put another in the place of: only its sizes change.
 SIZES = {
@@ -37,6 +42,8 @@ SIZES = {
     "model.from_config.n_embd": 32,
     "model.tokenizer.vocab_size": 320,
 }
+# In the place of packages with more documentation.
+SMALL_PACKAGES = ("evaluate", "filelock", "jinja2", "psutil", "safetensors", "tokenizers")
 
 
 def test_the_sweep_sees_every_file():
@@ -44,10 +51,19 @@ def test_the_sweep_sees_every_file():
         "chat/lm_gpt2_chat.yaml",
         "chat/lm_gpt2_lora-tokens.yaml",
         "chat/lm_gpt2_new-tokens.yaml",
+        "offline/cls_gpt2_packages.yaml",
         "offline/lm_gpt2_adapt.yaml",
         "offline/lm_gpt2_control.yaml",
         "offline/lm_gpt2_pretrain.yaml",
         "offline/lm_gpt2_words.yaml",
+        "spam/cls_distilbert_full.yaml",
+        "spam/cls_gpt2_full.yaml",
+        "spam/cls_gpt2_last-block.yaml",
+        "spam/cls_gpt2_last-two-blocks.yaml",
+        "spam/cls_gpt2_lora.yaml",
+        "spam/cls_gpt2_norm-frozen.yaml",
+        "spam/cls_modernbert_full.yaml",
+        "tags/cls_modernbert_multi-label.yaml",
         "text/lm_distilgpt2_full.yaml",
         "text/lm_gpt2-large_checkpointing.yaml",
         "text/lm_gpt2-medium_checkpointing.yaml",
@@ -62,6 +78,7 @@ def test_the_sweep_sees_every_file():
         "text/lm_qwen3_qlora.yaml",
         "text/lm_smollm2_full.yaml",
     ]
+    assert len(RECIPES) == 29
     assert [path.stem for path in LAUNCH_FILES] == ["cpu_2proc"]
 
 
@@ -72,8 +89,8 @@ def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkey
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         monkeypatch.setattr("kit.model.quantization._has_device", lambda: True)
     overrides = {
-        **model_overrides(recipe, tiny_models),
-        **data_overrides(recipe, tmp_path),
+        **model_overrides(recipe, tiny_models, tmp_path),
+        **(labeled_overrides if isinstance(recipe, ClassificationRecipe) else data_overrides)(recipe, tmp_path),
         **vocabulary_overrides(recipe, tmp_path),
         "data.store_dir": tmp_path / "store",
         "run.output_dir": tmp_path / "run",
@@ -111,10 +128,12 @@ def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkey
     assert set(arrived) - replaced == set(written) - replaced
 
 
-def model_overrides(recipe, tiny_models):
+def model_overrides(recipe, tiny_models, folder):
     if recipe.model.from_config:
         return SIZES
     architecture, sizes = STAND_INS[recipe.model.name_or_path]
+    if architecture in ENCODERS:
+        return {"model.name_or_path": save_base(folder / architecture, architecture, **sizes)}
     return {"model.name_or_path": tiny_models(architecture, **sizes)}
 
 
@@ -145,6 +164,30 @@ def data_overrides(recipe, folder):
     for i, (name, wanted) in enumerate(recipe.evaluation.sets.items()):
         if wanted.split is None:
             stand_in(f"evaluation.sets.{name}", wanted, seed=200 + i, number=20)
+    return overrides
+
+
+def labeled_overrides(recipe, folder):
+    """Return the overrides that put a few rows in the place of files of labelled ones, and of packages' docstrings."""
+    overrides = {}
+    for number, source in enumerate(recipe.data.train):
+        key, path = f"data.train.{number}", folder / f"rows{number}.txt"
+        if source.builtin:
+            overrides[f"{key}.packages"] = f"[{SMALL_PACKAGES[number]}]"
+            continue
+        if source.template:
+            path, overrides[f"{key}.format"] = path.with_suffix(".jsonl"), "jsonl"
+            fields = re.findall(r"{(\w+)}", source.template)
+            rows = multi_rows(120)
+            lines = [
+                json.dumps({**dict.fromkeys(fields, text), source.label_column: tags.split("|") if tags else []})
+                for tags, text in rows
+            ]
+        else:
+            assert source.column_names == ("label", "text")
+            lines = ["\t".join(row) for row in labeled_rows(160)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        overrides[f"{key}.path"] = path
     return overrides
 
 
@@ -190,6 +233,31 @@ def test_overrides_in_the_header_and_sections_in_comments_are_valid(name):
     overrides = line.partition('ARGS="')[2].removesuffix('"').split()
     assert overrides
     load_recipe(RECIPES[name], overrides)
+
+
+@pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if "# Also:" in path.read_text()])
+def test_what_a_header_suggests_also_is_valid(name):
+    [line] = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("# Also:")]
+    overrides = re.findall(r"\S+=\S+", line)
+    assert overrides
+    for override in overrides:
+        assert dump_recipe(load_recipe(RECIPES[name], [override])) != dump_recipe(load_recipe(RECIPES[name]))
+
+
+def test_the_last_block_recipe_has_the_numbers_of_the_book():
+    """Raschka 2024, Build a Large Language Model (From Scratch), chapter 6."""
+    recipe = load_recipe(RECIPES["spam/cls_gpt2_last-block.yaml"])
+    assert recipe.data.balancing.model_dump() == {"method": "undersample", "rows": "all", "seed": 123, "weights": None}
+    assert (recipe.data.split.validation, recipe.data.split.test) == (0.1, 0.2)
+    assert recipe.freezing.trainable.named() == {"last_blocks", "final_norm", "head"}
+    keys = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay", "eval_steps", "seed")
+    assert [recipe.training[key] for key in keys] == [5, 8, 5e-5, 0.1, 50, 123]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("spam/")])
+def test_spam_recipes_are_measured_on_the_same_split(name):
+    first, other = (load_recipe(RECIPES[each]).data for each in ("spam/cls_gpt2_last-block.yaml", name))
+    assert (other.train, other.split) == (first.train, first.split)
 
 
 def test_commented_sections_are_valid(tmp_path):

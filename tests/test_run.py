@@ -271,8 +271,8 @@ def test_prepared_run_tokenises_and_measures_nothing_again(write_recipe, tmp_pat
     run.prepare(recipe, [])
     stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()}
     measured = []
-    original = run.Run.measure
-    monkeypatch.setattr(run.Run, "measure", lambda self, *args: measured.append(1) or original(self, *args))
+    original = run.Run.measure_all
+    monkeypatch.setattr(run.Run, "measure_all", lambda self, *args: measured.append(args) or original(self, *args))
     run.train(recipe, [])
     assert len(measured) == 1  # after
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()} == stored

@@ -50,7 +50,7 @@ def corpus_fingerprint(name: str, packages: tuple[str, ...]) -> str:
     return hash_values(name, sorted(packages), _LEAST_CHARACTERS, listing)
 
 
-@lru_cache(maxsize=4)  # a tokenizer that is trained reads it before the store does; a corpus has some megabytes
+@lru_cache(maxsize=16)  # a tokenizer that is trained reads it before the store does; a corpus has some megabytes
 def read_corpus(name: str, packages: tuple[str, ...]) -> tuple[str | LeftOut, ...]:
     """Return the documents of a built-in corpus, each text once, in a stable order; and the files that do not parse."""
     topics = _read_topics() if name == "python-reference" else ()

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from kit.console import say, warn
 from kit.data.blocks import CollateRows, TokenRows, TrainPart, select_blocks
 from kit.data.cleaning import ALSO_EVALUATED, Cleaned, Selections, clean
 from kit.data.columns import LeftOut
-from kit.data.ledger import LedgerRow, account, enter_shares
+from kit.data.ledger import LedgerRow, account, enter_shares, ledger_as_json
+from kit.data.sampling import EpochBatches
 from kit.data.sources import hash_text, read_documents, source_fingerprint, watch
 from kit.data.splits import choose_documents, held_out
 from kit.data.store import TokenStore, open_store
@@ -20,6 +22,9 @@ from kit.errors import UserError
 from kit.files import hash_array, hash_values
 from kit.recipe.data import DataSection, Source, ValidationFraction
 from kit.recipe.models import EvaluationSet
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 DEFAULT_SET = "domain"
 _LITTLE_TEXT = 1_000_000  # bytes
@@ -111,6 +116,15 @@ class Corpus:
     sets: dict[str, EvaluationDocuments]
     ledger: list[LedgerRow]
     key: str
+
+    def batches(self, args: "TrainingArguments") -> EpochBatches:
+        """Return the micro-batches of this process."""
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return EpochBatches(len(self.rows), args.train_batch_size, seed, args.world_size, args.process_index)
+
+    def ledger_as_json(self) -> list[dict[str, Any]]:
+        """Return the ledger as it is saved."""
+        return ledger_as_json(self.ledger)
 
     @property
     def training(self) -> Selections:

@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from kit.files import hash_file
 # one document is longer.
 LONGEST_DOCUMENT = 50_000_000
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+DEFAULT_DELIMITERS = {"csv": ",", "tsv": "\t"}
 _READ_CHARACTERS = 1 << 20
 _ROWS = 1024
 
@@ -209,28 +210,47 @@ def read_csv(
         column_names: the columns of a file without a header row.
     """
     guessed = delimiter is None
-    delimiter = delimiter or ("\t" if format == "tsv" else ",")
+    delimiter = delimiter or DEFAULT_DELIMITERS[format]
     quoting = format == "csv" if quoting is None else quoting
+    rows = split_fields(path, encoding, delimiter, quoting, len(column_names) if column_names else None)
+    if column_names is None:
+        where, names, line = next(rows, ("", [], ""))
+        if not names:
+            return
+        _check_header(where, names, line, delimiter, guessed)
+    else:
+        names = column_names
+    for where, fields, line in rows:
+        if len(fields) != len(names):
+            raise UserError(uneven_fields(where, fields, names, line))
+        yield where, dict(zip(names, fields, strict=True))
+
+
+def uneven_fields(where: str, fields: Sequence[str], names: Sequence[str], line: str) -> str:
+    """Return the message about a row that has another number of fields than there are columns."""
+    return (
+        f"{where}: {len(fields)} fields where {len(names)} are expected ({_listed(names)}); the line begins "
+        f"`{line[:80]}`; set `delimiter` or `quoting`, or mend the line"
+    )
+
+
+def split_fields(
+    path: Path, encoding: str, delimiter: str, quoting: bool, width: int | None = None
+) -> Iterator[tuple[str, list[str], str]]:
+    """Yield (where, fields, first line) of every row of a CSV or TSV file, the header included.
+
+    Args:
+        path: the file.
+        encoding: of the file.
+        delimiter: separates fields.
+        quoting: whether `"` around a field quotes it.
+        width: without quoting, the most fields that a row has: the last takes the rest of its line.
+    """
     with _open_text(path, encoding) as file:
-        split = _quoted_fields if quoting else _plain_fields
-        rows = split(path, file, delimiter, len(column_names) if column_names else None)
-        if column_names is None:
-            where, names, line = next(rows, ("", [], ""))
-            if not names:
-                return
-            _check_header(where, names, line, delimiter, guessed)
-        else:
-            names = column_names
-        for where, fields, line in rows:
-            if len(fields) != len(names):
-                raise UserError(
-                    f"{where}: {len(fields)} fields where {len(names)} are expected ({_listed(names)}); the line "
-                    f"begins `{line[:80]}`; set `delimiter` or `quoting`, or mend the line"
-                )
-            yield where, dict(zip(names, fields, strict=True))
+        yield from (_quoted_fields(path, file, delimiter) if quoting else _plain_fields(path, file, delimiter, width))
 
 
-def _quoted_fields(path: Path, file: TextIO, delimiter: str, width: int | None) -> Iterator[tuple[str, list[str], str]]:
+def _quoted_fields(path: Path, file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str], str]]:
     """Yield (where, fields, first line) of every row of a file in which fields may be quoted."""
     csv.field_size_limit(LONGEST_DOCUMENT)
     first: list[str] = []

@@ -1,8 +1,7 @@
 """How well a causal LM predicts a set of documents: bits per byte, and what goes with it."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from kit.console import progress
+from kit.evaluation.inference import batches_of, inference
 
 
 class Documents(Protocol):
@@ -92,12 +92,12 @@ def evaluate_documents(
         The sums over all processes.
     """
     windows = _windows(documents.lengths, block_size)
-    batches = _batches(windows, batch_size * block_size)
+    batches = batches_of(windows[:, 2] - windows[:, 1], batch_size * block_size)
     processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     rounds = [batches[start : start + processes] for start in range(0, len(batches), processes)]
     device = next(model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64)  # nats, nats of EOS, correct, tokens
-    with _inference(model):
+    with inference(model):
         steps = progress(rounds, f"measuring {documents.name}", total=len(windows), size=lambda r: sum(map(len, r)))
         for batch_of_each_rank in steps:
             poll()
@@ -121,17 +121,6 @@ def _windows(lengths: np.ndarray, block_size: int) -> np.ndarray:
     end = np.minimum(first + block_size, lengths[document])
     order = np.argsort(first - end, kind="stable")
     return np.stack([document, first, end], axis=1)[order]
-
-
-def _batches(windows: np.ndarray, positions: int) -> list[np.ndarray]:
-    """Group windows, sorted by length, into batches of at most `positions` positions: indices of windows."""
-    batches, start = [], 0
-    while start < len(windows):
-        longest = int(windows[start, 2] - windows[start, 1])
-        end = min(len(windows), start + max(1, positions // longest))
-        batches.append(np.arange(start, end))
-        start = end
-    return batches
 
 
 def _score(
@@ -158,20 +147,3 @@ def _score(
     return torch.stack(
         [nll[is_token].sum(), nll[is_eos].sum(), right[is_token].sum().double(), is_token.sum().double()]
     )
-
-
-@contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and into the precision of its weights, and back."""
-    was_training = model.training
-    model.eval()
-    # accelerate patches autocast into the `forward` of the model that it prepares, where it would also round this.
-    patched = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
-    if patched is not None:
-        model.forward = model.__dict__["_original_forward"]
-    try:
-        yield
-    finally:
-        if patched is not None:
-            model.forward = patched
-        model.train(was_training)

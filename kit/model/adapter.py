@@ -21,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kit.console import warn
 from kit.errors import UserError, suggest
+from kit.model.configuration import CAUSAL_LM, CLASSIFIER
 from kit.model.headers import fold_names
+from kit.model.heads import head_modules, is_classifier
 from kit.model.new_rows import is_new_rows, train_new_rows
 from kit.model.parts import adapter_names, transformer_blocks
 from kit.model.quantization import number_of_values
@@ -39,7 +41,7 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequen
     embeddings resized, and before its optimizer is created.
 
     Args:
-        model: a plain causal LM.
+        model: a plain causal LM, or a classifier, whose head trains whole beside the adapter.
         section: the recipe's.
         new_ids: of the tokens whose rows train, without gaps; none for no rows.
 
@@ -49,7 +51,8 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequen
     """
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise RuntimeError("the model has an adapter already")
-    config = check_adapter(section)
+    config = check_adapter(section, (CLASSIFIER if is_classifier(model) else CAUSAL_LM).task)
+    head = _whole_head(model, config)
     if section.type.upper() not in _OWN_TARGETS and not getattr(config, "target_parameters", None):
         _set_default_targets(model, config)
     if hasattr(config, "fan_in_fan_out"):  # how Conv1D of GPT-2 keeps its matrix
@@ -59,6 +62,7 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequen
     embeddings, tied = plain_embeddings(model), are_tied(plain_embeddings(model))
     adapted = _inject(model, config, section)
     _check_layers(adapted, config)
+    _check_head(adapted, head)
     _check_embeddings(adapted, embeddings, tied, new_ids)
     if changed := [name for name, (weight, bits) in before.items() if _bits(weight) != bits]:
         raise UserError(
@@ -70,6 +74,42 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, new_ids: Sequen
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise UserError(f"adapter: `{section.type}` has no weights to train in this model's layers")
     return adapted
+
+
+def _whole_head(model: PreTrainedModel, config: PeftConfig) -> dict[str, int]:
+    """Have a classifier's head trained and saved whole: by itself peft takes the part of it that it knows the name of.
+
+    Returns:
+        The numbers of parameters of the head's modules by their names.
+
+    Raises:
+        UserError: a part of the head is to be copied by itself.
+    """
+    if not is_classifier(model):
+        return {}
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in head_modules(model)}
+    inside = [name for name, _ in model.named_modules() if any(name.startswith(f"{module}.") for module in sizes)]
+    for wanted in sorted(config.modules_to_save or ()):
+        if matched := [name for name in inside if name.endswith(wanted)]:
+            raise UserError(
+                f"adapter.modules_to_save: `{wanted}` matches `{matched[0]}`, a part of the classifier's head, which "
+                f"trains whole in any case; leave it out, or write longer names of other modules"
+            )
+    config.modules_to_save = sorted({*(config.modules_to_save or ()), *sizes})
+    return sizes
+
+
+def _check_head(adapted: PeftModel, head: dict[str, int]) -> None:
+    """Check that all of a classifier's head trains, and no adapter is inside: a head at random must not stay so."""
+    modules = dict(adapted.get_base_model().named_modules())
+    for name, size in head.items():
+        copies = getattr(modules[name], "modules_to_save", {})
+        training = sum(p.numel() for copy_ in copies.values() for p in copy_.parameters() if p.requires_grad)
+        if training != size:
+            raise UserError(
+                f"adapter: `{name}` is of the classifier's head and has to train whole, which these settings prevent: "
+                f"take it out of `target_modules` and `modules_to_save`"
+            )
 
 
 def _set_default_targets(model: PreTrainedModel, config: PeftConfig) -> None:
@@ -257,8 +297,15 @@ def describe_adapter(model: PeftModel) -> AdapterDescription:
         own_parameters=sum(number for number, trains in base.values() if trains),
         base_parameters=sum(number for number, _ in base.values()),
         target_modules=targets,
-        saved_modules=tuple(sorted(getattr(model.peft_config[model.active_adapter], "modules_to_save", None) or ())),
+        saved_modules=_saved_modules(model),
     )
+
+
+def _saved_modules(model: PeftModel) -> tuple[str, ...]:
+    """Return the names under which modules train as copies; of a classifier peft lists some that it has not."""
+    names = set(getattr(model.peft_config[model.active_adapter], "modules_to_save", None) or ())
+    copied = [path for path, module in model.named_modules() if hasattr(module, "original_module")]
+    return tuple(sorted(name for name in names if any(f".{path}".endswith(f".{name}") for path in copied)))
 
 
 def _kind(config: PeftConfig) -> str:

@@ -18,8 +18,10 @@ from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 from kit.errors import UserError, is_out_of_memory
 from kit.files import hash_array, hash_file, hash_values, read_json, write_json
 from kit.model.adapter import adapter_type, are_tied, plain_embeddings
+from kit.model.heads import head_names, is_classifier
 from kit.model.hub import ADAPTER_RECORD, expand
 from kit.model.new_rows import new_row_ids, train_new_rows
+from kit.model.saving import fixed_logits
 from kit.recipe.adapter import PEFT_ERRORS, peft_reason
 from kit.recipe.models import ModelSection
 
@@ -68,15 +70,16 @@ class BaseFacts:
 def base_facts(model: PreTrainedModel, section: ModelSection | None = None) -> BaseFacts:
     """Return the facts of a base model as it was loaded: before its embeddings grow and before an adapter.
 
-    The fingerprint covers each tensor's name, shape, type and values; it reads all weights once.
+    The fingerprint covers each tensor's name, shape, type and values; it reads all weights once. A classifier's head
+    is left out: it trains whole beside the adapter, which holds it.
 
     Args:
         model: the model.
         section: how it was loaded.
     """
     name = section and section.name_or_path
-    tensors = []
-    for key, tensor in sorted(model.state_dict().items()):
+    tensors, head = [], set(head_names(model) if is_classifier(model) else ())
+    for key, tensor in sorted((key, tensor) for key, tensor in model.state_dict().items() if key not in head):
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         tensors.append((key, str(tensor.dtype), list(tensor.shape), hash_array(values)))
     return BaseFacts(
@@ -283,16 +286,17 @@ def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
     precision = torch.promote_types(stored, torch.float32)
     for weight in plain.parameters():
         weight.data = weight.data.to(torch.promote_types(weight.dtype, precision))
-    expected = _logits(plain)
+    expected = fixed_logits(plain).double()
     with model.disable_adapter():
-        effect = merged_difference(expected, _logits(plain))
+        effect = merged_difference(expected, fixed_logits(plain).double())
+    _put_copies_in_place(plain)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (*PEFT_ERRORS, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"merge: peft cannot merge an adapter of type {kind}: {peft_reason(error)}") from None
-    difference = merged_difference(expected, _logits(merged))
+    difference = merged_difference(expected, fixed_logits(merged).double())
     if not difference <= MERGE_ROUNDING[precision] + effect / 1000:
         raise RuntimeError(
             f"the merged model gives other logits than the adapted one: by {difference:.2g} of the largest, "
@@ -303,21 +307,17 @@ def merge_adapter(model: PeftModel) -> tuple[PreTrainedModel, float]:
     return merged, difference
 
 
+def _put_copies_in_place(model: PreTrainedModel) -> None:
+    """Put trained copies of modules that hold layers where these were: peft does so with single layers alone."""
+    for path, module in list(model.named_modules()):
+        if hasattr(module, "original_module") and not hasattr(module.original_module, "weight"):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.modules_to_save[module.active_adapters[0]])
+
+
 MERGE_ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5}  # of the largest logit
 
 
 def merged_difference(adapted: torch.Tensor, merged: torch.Tensor) -> float:
     """Return the largest absolute difference of two models' logits, relative to the largest absolute logit."""
     return ((adapted - merged).abs().max() / adapted.abs().max().clamp(min=1e-30)).item()
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel) -> torch.Tensor:
-    """Return logits of a fixed batch, as `kit.model.saving` draws it, without dropout."""
-    config = model.config.get_text_config()
-    positions = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    ids = torch.randint(config.vocab_size, (2, positions), generator=torch.Generator().manual_seed(0))
-    was_training = model.training
-    logits = model.eval()(ids.to(model.device), use_cache=False).logits
-    model.train(was_training)
-    return logits.double()

@@ -1,28 +1,36 @@
 """The model: pretrained, from the Hub or a folder, or fresh from a configuration."""
 
-import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from kit.console import say, warn
-from kit.errors import UserError, did_you_mean, is_out_of_memory
-from kit.files import hash_file, hash_values
-from kit.model.alignment import check_embeddings, check_ids, check_positions, check_special_ids
+from kit.console import warn
+from kit.errors import UserError, is_out_of_memory
+from kit.files import hash_file, hash_values, read_json
+from kit.model.alignment import check_embeddings, check_ids, check_special_ids
+from kit.model.configuration import (
+    CAUSAL_LM,
+    CLASSIFIER,
+    Kind,
+    attention,
+    check_config,
+    check_sdpa,
+    fresh_config,
+    override,
+    with_settings,
+)
+from kit.model.heads import draw_anew, head_modules, head_names
 from kit.model.hub import ADAPTER_RECORD, check_weights, expand, from_hub, is_adapter
 from kit.model.quantization import check_quantization, copy_dequantized, keep_unpacked, quantization_config
 from kit.recipe.models import ModelSection
@@ -31,8 +39,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _CONFIGURATIONS = {"config.json", "generation_config.json", "adapter_config.json", ADAPTER_RECORD}
-# Most `config.json` on the Hub have these; transformers 5 moves what it knows of them into `rope_parameters`.
-_FORMER_ROPE_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
 
 
 def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
@@ -42,31 +48,69 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | N
         UserError: it cannot be loaded, is no causal LM, or its weights are incomplete or not tied as it says.
     """
     if holds_adapter(section):
+        if stored_kind(section) is not CAUSAL_LM:
+            raise UserError(
+                f"model.name_or_path: `{section.name_or_path}` is a classifier, not a causal language model"
+            )
         return load_adapted(expand(section.name_or_path), section).get_base_model()
-    options = {"dtype": getattr(torch, section.dtype)}
-    if section.from_config is not None:
-        # The seed alone decides a fresh model's weights, whatever drew random numbers before.
-        set_seed(seed)
-        config = _fresh_config(section.from_config, tokenizer)
-        options["attn_implementation"] = _attention(section, config)
-        try:
-            return AutoModelForCausalLM.from_config(config, **options)
-        except Exception as error:  # each architecture fails in its own way on sizes that do not go together
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"model.from_config: no model can be built from it: {reason}") from error
+    return load_model(section, tokenizer, seed, CAUSAL_LM)[0]
+
+
+def load_model(
+    section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    kind: Kind,
+    settings: Mapping[str, Any] = {},
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load a whole model, on the CPU, in `section.dtype`, and tell which of its parameters began at random.
+
+    Args:
+        section: the recipe's.
+        tokenizer: of a fresh model.
+        seed: of random weights; nothing else decides them.
+        kind: what it is loaded as.
+        settings: the attributes of its configuration that are settled by the data.
+
+    Raises:
+        UserError: it cannot be loaded, is of another kind, or its weights are incomplete or not tied as it says.
+    """
+    if section.from_config is None:
+        return _load_pretrained(section, seed, kind, settings)
+    # The seed alone decides a fresh model's weights, whatever drew random numbers before.
+    set_seed(seed)
+    config = with_settings(fresh_config(kind.unsettled(section.from_config), tokenizer, kind), settings)
+    kernel = attention(section, config, kind)
+    try:
+        model = kind.auto_class.from_config(config, dtype=getattr(torch, section.dtype), attn_implementation=kernel)
+    except Exception as error:  # each architecture fails in its own way on sizes that do not go together
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"model.from_config: no model can be built from it: {reason}") from error
+    return model, tuple(name for name, _ in model.named_parameters())
+
+
+def _load_pretrained(
+    section: ModelSection, seed: int, kind: Kind, settings: Mapping[str, Any]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     name = expand(section.name_or_path)
-    config = check_pretrained(section, block_size=1)
-    options["attn_implementation"] = _attention(section, config)
+    config = with_settings(check_pretrained(section, block_size=1, kind=kind), settings)
+    options: dict[str, Any] = {"dtype": getattr(torch, section.dtype)}
+    options["attn_implementation"] = attention(section, config, kind)
     if section.load_in_4bit:
         check_quantization(section.load_in_4bit)
         options["quantization_config"] = quantization_config(options["dtype"])
+        if kind.new_head:
+            # Which trains whole, and so is not to be rounded.
+            with torch.device("meta"):
+                empty = kind.auto_class.from_config(config, trust_remote_code=section.trust_remote_code)
+            options["quantization_config"].llm_int8_skip_modules = list(head_modules(empty))
     # On the Hub a bot offers conversions of pickled weights, which transformers would take from its branch: a commit
     # other than the one that was asked for, which nobody has looked at.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with from_hub("model.name_or_path", name, section.revision, "model.safetensors") as hub_options:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.auto_class.from_pretrained(
             name,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -77,14 +121,15 @@ def load_causal_lm(section: ModelSection, tokenizer: PreTrainedTokenizerBase | N
             **options,
             **hub_options,
         )
-    _check_complete(name, info)
+    new = _check_complete(name, model, info, kind)
+    draw_anew(model, new, seed)
     check_embeddings(model)
     keep_unpacked(model)
     if model.can_generate() and model.generation_config._from_model_config:
         # Made from the file, without what the recipe overrides in it.
         for key in {"bos_token_id", "eos_token_id", "pad_token_id"} & section.config.keys():
             setattr(model.generation_config, key, getattr(config.get_text_config(), key))
-    return model
+    return model, new
 
 
 def holds_adapter(section: ModelSection) -> bool:
@@ -113,19 +158,38 @@ def load_adapted(folder: str | Path, section: ModelSection, dequantize: bool = F
     places = [place for place in (record["path"], expand(record["name"])) if place and Path(place).is_dir()]
     name = places[0] if places else record["path"] or record["name"]
     base = section.model_copy(update={**known, "name_or_path": name})
+    kind, settings = _adapted_kind(folder)
     try:
-        check_pretrained(base, block_size=1)
+        check_pretrained(base, block_size=1, kind=kind)
     except UserError as error:
         raise UserError(
             f"{folder}: the base model that this adapter belongs to cannot be used: {error}; if it has moved, write "
             f"where it is now as `name` into {Path(folder) / ADAPTER_RECORD}"
         ) from None
-    model = load_causal_lm(base, None, seed=0)
+    model, _ = load_model(base, None, 0, kind, settings)
     facts = base_facts(model)
     if dequantize and base.load_in_4bit:
-        quantized, model = model, load_causal_lm(base.model_copy(update={"load_in_4bit": False}), None, seed=0)
+        quantized, plain = model, base.model_copy(update={"load_in_4bit": False})
+        model, _ = load_model(plain, None, 0, kind, settings)
         copy_dequantized(quantized, model)
     return load_adapter(model, folder, facts)
+
+
+def _adapted_kind(folder: str | Path) -> tuple[Kind, dict[str, Any]]:
+    """Return what the base model of an adapter is loaded as; a classifier's labels are in the adapter's folder."""
+    if read_json(Path(folder) / ADAPTER_CONFIG_NAME)["task_type"] != "SEQ_CLS":
+        return CAUSAL_LM, {}
+    config = AutoConfig.from_pretrained(folder)
+    names = ("id2label", "label2id", "problem_type", "kit_classifier")
+    return CLASSIFIER, {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+def stored_kind(section: ModelSection) -> Kind:
+    """Return what a pretrained model was saved as: a classifier, or what a causal LM is made of."""
+    if holds_adapter(section):
+        return _adapted_kind(expand(section.name_or_path))[0]
+    saved_as = getattr(load_config(section), "architectures", None) or ()
+    return CLASSIFIER if any(str(name).endswith("ForSequenceClassification") for name in saved_as) else CAUSAL_LM
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -142,19 +206,19 @@ def model_type(section: ModelSection) -> str:
     return str(section.from_config["model_type"]) if section.from_config else load_config(section).model_type
 
 
-def check_pretrained(section: ModelSection, block_size: int) -> PreTrainedConfig:
+def check_pretrained(section: ModelSection, block_size: int, kind: Kind = CAUSAL_LM) -> PreTrainedConfig:
     """Check of a pretrained model what can be told without loading it, and return its configuration as overridden.
 
     Raises:
-        UserError: it is not to be found, is no causal LM, has fewer positions than a block, names special tokens that
-            it has no embedding for, cannot use the attention kernel that the recipe names, or its weights are pickled,
-            missing or cut off.
+        UserError: it is not to be found, is of another kind, has fewer positions than a block, names special tokens
+            that it has no embedding for, cannot use the attention kernel that the recipe names, or its weights are
+            pickled, missing or cut off.
     """
-    config = _override(load_config(section), section.config, "model.config")
-    check_config(config, section.name_or_path, block_size)
+    config = override(load_config(section), kind.unsettled(section.config), "model.config")
+    check_config(config, section.name_or_path, block_size, kind)
     if isinstance(rows := getattr(config.get_text_config(), "vocab_size", None), int):
         check_special_ids(config.get_text_config(), rows, section.name_or_path)
-    _check_sdpa(section, config)
+    check_sdpa(section, config, kind)
     if Path(name := expand(section.name_or_path)).is_dir():
         check_weights("model.name_or_path", name)
     return config
@@ -189,105 +253,28 @@ def check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
         check_ids(tokenizer, rows, section.name_or_path)
 
 
-def check_config(config: PreTrainedConfig, name: str, block_size: int) -> None:
-    """Check that a configuration is a causal LM's and has the positions of a block.
+def _check_complete(name: str, model: PreTrainedModel, info: dict[str, Any], kind: Kind) -> tuple[str, ...]:
+    """Refuse weights that leave a part of the model at random; name what is in the file and not in the model.
 
-    Raises:
-        UserError: it is not, or has not.
+    Returns:
+        The parameters that the weights do not give: of a head that may be new, in the model's order.
     """
-    if not _is_causal_lm(config):
-        raise UserError(
-            f"model.name_or_path: `{name}` is of type `{config.model_type}`, which has no causal language model; "
-            f"`task: causal-lm` needs a decoder such as GPT-2 or Llama"
-        )
-    check_positions(config, block_size)
-
-
-def _attention(section: ModelSection, config: PreTrainedConfig) -> str | None:
-    """Return the attention kernel to ask for; where None, transformers takes the best that the architecture has.
-
-    Gemma 2 caps attention scores inside the softmax's argument, which SDPA's fused kernels cannot do: depending on its
-    version transformers falls back, fails in the first forward pass, or leaves the cap out without a word.
-    """
-    _check_sdpa(section, config)
-    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if section.attn_implementation is None and cap is not None:
-        say(f"attention: eager, since SDPA cannot cap attention scores (attn_logit_softcapping: {cap:g})")
-        return "eager"
-    return section.attn_implementation
-
-
-def _check_sdpa(section: ModelSection, config: PreTrainedConfig) -> None:
-    """Refuse SDPA for a model that it would compute wrongly, or not at all."""
-    if section.attn_implementation != "sdpa":
-        return
-    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if cap is not None:
-        reason = f"cannot cap attention scores, as this `{config.model_type}` does (attn_logit_softcapping: {cap:g})"
-    elif architecture is not None and not getattr(architecture, "_supports_sdpa", True):
-        reason = f"does not work with `{config.model_type}` in transformers {transformers.__version__}"
-    else:
-        return
-    raise UserError(f"model.attn_implementation: sdpa {reason}; leave the key out, or set it to `eager`")
-
-
-def _fresh_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    values = copy.deepcopy(
-        values
-    )  # transformers completes `rope_parameters` in place, and the recipe is a key to stores
-    model_type = str(values.pop("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"model.from_config.model_type: unknown `{model_type}`{did_you_mean(model_type, list(CONFIG_MAPPING))}"
-        )
-    not_causal = UserError(f"model.from_config.model_type: `{model_type}` has no causal language model")
-    if type(CONFIG_MAPPING[model_type]()) not in AutoModelForCausalLM._model_mapping:
-        raise not_causal
-    values.setdefault("vocab_size", max(tokenizer.get_vocab().values()) + 1)  # some vocabularies skip ids
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        values.setdefault(name, getattr(tokenizer, name))
-    class_default = CONFIG_MAPPING[model_type]()
-    former = _FORMER_ROPE_NAMES & values.keys() if hasattr(class_default, "rope_parameters") else set()
-    present = {name: value for name, value in values.items() if name not in former}
-    _override(class_default, present, "model.from_config")
-    try:
-        config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.from_config: {' '.join(str(error).split())}") from error
-    for name in former:
-        if name in vars(config):  # taken as an attribute that nothing reads, not as a former name
-            raise UserError(f"model.from_config.{name}: `{model_type}` has no such attribute; see `rope_parameters`")
-    if not _is_causal_lm(config):
-        raise not_causal
-    return config
-
-
-def _override(config: PreTrainedConfig, values: dict[str, Any], key: str) -> PreTrainedConfig:
-    """Set attributes that the configuration class has; it would take any others without a word."""
-    known = set(config.to_dict()) | set(config.attribute_map)
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{key}.{name}: `{config.model_type}` has no such attribute{did_you_mean(name, known)}")
-        try:
-            setattr(config, name, copy.deepcopy(value))
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise UserError(f"{key}.{name}: {' '.join(str(error).split())}") from error
-    return config
-
-
-def _is_causal_lm(config: PreTrainedConfig) -> bool:
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    # BERT and its like have a causal head for use as decoders; their weights were not trained for it.
-    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", False))
-
-
-def _check_complete(name: str, info: dict[str, Any]) -> None:
-    """Refuse weights that leave a part of the model at random; name what is in the file and not in the model."""
-    wrong = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "mismatched", "unexpected")}
-    listed = "; ".join(f"{kind}: {', '.join(keys[:8])}" for kind, keys in wrong.items() if keys)
+    wrong = {what: {str(each) for each in _keys(info, what)} for what in ("missing", "mismatched", "unexpected")}
+    new = ()
+    if kind.new_head:
+        new = tuple(key for key in head_names(model) if key in wrong["missing"] | wrong["mismatched"])
+        base = f"{model.base_model_prefix}."
+        # Nobody wants the head that the weights were trained with, such as an LM's, or a pooler that nothing reads.
+        wrong["unexpected"] = {k for k in wrong["unexpected"] if k.startswith(base) and ".pooler." not in k}
+        wrong["missing"], wrong["mismatched"] = wrong["missing"] - {*new}, wrong["mismatched"] - {*new}
+    listed = "; ".join(f"{what}: {', '.join(sorted(keys)[:8])}" for what, keys in wrong.items() if keys)
     if wrong["missing"] or wrong["mismatched"]:
         raise UserError(f"model.name_or_path: the weights of `{name}` do not fit its architecture: {listed}")
     if wrong["unexpected"]:
         warn(f"`{name}` holds tensors that its architecture does not use: {listed}")
+    return new
+
+
+def _keys(info: dict[str, Any], what: str) -> list[str]:
+    """Return the names of tensors; of those of another shape transformers gives the shapes too."""
+    return [key if isinstance(key, str) else key[0] for key in info.get(f"{what}_keys") or ()]

@@ -1,12 +1,16 @@
 """The final model: a folder that `from_pretrained` loads alone, and the proof that it does."""
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.files import replaced_folder
+from kit.model.classifier import classifier_positions
+from kit.model.configuration import CAUSAL_LM, CLASSIFIER
+from kit.model.heads import is_classifier
 from kit.model.loading import load_adapted
 from kit.recipe.models import ModelSection
 
@@ -45,22 +49,28 @@ def saved_model_difference(model: PreTrainedModel, folder: str | Path, base: Mod
         reloaded = load_adapted(folder, base).get_base_model()
     else:
         # Code that came with the model is not fetched and run anew: its class is here.
-        loader = type(model) if getattr(model.config, "auto_map", None) else AutoModelForCausalLM
+        kind = CLASSIFIER if is_classifier(model) else CAUSAL_LM
+        loader = type(model) if getattr(model.config, "auto_map", None) else kind.auto_class
         reloaded = loader.from_pretrained(
             folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    reloaded = reloaded.to(model.device).eval()
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    positions = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    input_ids = torch.randint(config.vocab_size, (2, positions), generator=generator).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        logits = [each(input_ids, use_cache=False).logits for each in (model, reloaded)]
-    finally:
-        model.train(was_training)
+    logits = [fixed_logits(each) for each in (model, reloaded.to(model.device))]
     difference = (logits[0] - logits[1]).abs().max().item()
     if difference != 0.0:
         raise RuntimeError(f"{folder} gives other logits than the model in memory: they differ by up to {difference}")
     return difference
+
+
+@torch.no_grad()
+def fixed_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return a model's logits of a fixed batch, without dropout; the model stays in its mode."""
+    config = model.config.get_text_config()
+    positions = min(64, classifier_positions(config) or 64)
+    ids = torch.randint(config.vocab_size, (2, positions), generator=torch.Generator().manual_seed(0))
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    was_training = model.training
+    model.eval()
+    try:
+        return model(input_ids=ids.to(model.device), **cache).logits
+    finally:
+        model.train(was_training)

@@ -30,6 +30,7 @@ _WRITTEN_AS = {
     "qlora": "`type: lora`, and `load_in_4bit: true` in `model`",
 }
 _HIGHEST_RANK = 65_536
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 _BY_PATTERN = ("rank_pattern", "alpha_pattern")
 _LEAVING, _CHANGING = ("gaussian", "orthogonal"), ("pissa", "olora")  # the base model's weights
 _OWN_DATA = "this initialisation looks at training data or at quantised weights first, which the kit does not do"
@@ -108,8 +109,12 @@ class AdapterSection(Section):
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
 
-def check_adapter(section: AdapterSection) -> "PeftConfig":
+def check_adapter(section: AdapterSection, task: str = "causal-lm") -> "PeftConfig":
     """Return the installed peft's configuration for a recipe's section, as far as no model is needed; imports peft.
+
+    Args:
+        section: the recipe's.
+        task: as the recipe has it.
 
     Raises:
         UserError: a type or key that peft does not know, a value of another type or out of range, or what peft refuses.
@@ -132,8 +137,10 @@ def check_adapter(section: AdapterSection) -> "PeftConfig":
             near = suggest(name, names) or f"; valid: {', '.join(sorted(names))}"
             raise UserError(f"adapter.{name}: unknown key of peft's {cls.__name__}{near}")
         values[name] = _checked(name, value, hints[name])
+    if task != "causal-lm" and "modules_to_save" not in hints:
+        raise UserError(f"adapter.type: `{section.type}` cannot train the head of a classifier beside it; `lora` can")
     try:
-        return cls(task_type="CAUSAL_LM", **values)
+        return cls(task_type=_TASK_TYPES[task], **values)
     except PEFT_ERRORS as error:
         raise UserError(f"adapter: peft refuses these settings: {peft_reason(error)}") from None
 

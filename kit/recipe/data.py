@@ -2,7 +2,7 @@
 
 import codecs
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
@@ -37,16 +37,12 @@ def _valid_template(template: str) -> str:
     return template
 
 
-# Which keys of a source go with which kind of it; the others go with every kind.
-_FILE_KEYS = ("format", "encoding", "sample_by", "separator", "delimiter", "quoting", "column_names")
-_DATASET_KEYS = ("config", "split", "revision")
-_COLUMN_KEYS = ("text_column", "template")
 # What an evaluation set can name instead of a source.
 DATA_SPLITS = ("train", "validation", "replay")
 
 
-class Source(Section):
-    """One source of documents: files, a dataset as the `datasets` library knows it, or a corpus on every machine."""
+class Origin(Section):
+    """Where text comes from: files, a dataset as the `datasets` library knows it, or a corpus on every machine."""
 
     path: Text | None = None
     """Files: one or a glob, relative to the working directory; gzip, bzip2, xz and zstd are read as they are."""
@@ -67,10 +63,6 @@ class Source(Section):
     """Format of the files; by default what the suffix says, `text` for any other."""
     encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
     """Of text, JSONL, CSV and TSV files, under Python's name, such as `latin-1` or `utf-16`."""
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    """For text: what one document is: a whole file, a paragraph (separated by blank lines), or a line."""
-    separator: str | None = Field(default=None, min_length=1)
-    """For text: a string that separates documents, such as "\\n\\n\\n"; instead of `sample_by`."""
     delimiter: Annotated[str, AfterValidator(_valid_delimiter)] | None = Field(default=None, min_length=1, max_length=1)
     """For CSV and TSV: what separates fields; by default a comma or a tab."""
     quoting: bool | None = None
@@ -90,25 +82,29 @@ class Source(Section):
     """Leave out longer documents, and count them."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read at most this many documents, chosen by their hash; of a dataset the first ones."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Read the first documents only, as many as have together at most this many tokens."""
+
+    # Which keys go with which kind of place; the others go with every kind.
+    file_keys: ClassVar = ("format", "encoding", "delimiter", "quoting", "column_names")
+    dataset_keys: ClassVar = ("config", "split", "revision")
+    column_keys: ClassVar = ("text_column", "template")
+    contradicting: ClassVar = (("text_column", "template"),)
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Source":
+    def _one_kind(self) -> "Origin":
         written = self.written()
         kinds = [kind for kind in ("path", "dataset", "builtin") if kind in written]
         if len(kinds) != 1:
             raise ValueError("a source has exactly one of `path`, `dataset` and `builtin`")
         wrong = {
-            "path": _DATASET_KEYS,
-            "dataset": _FILE_KEYS,
-            "builtin": (*_FILE_KEYS, *_DATASET_KEYS, *_COLUMN_KEYS, "on_bad_text"),
+            "path": self.dataset_keys,
+            "dataset": self.file_keys,
+            "builtin": (*self.file_keys, *self.dataset_keys, *self.column_keys, "on_bad_text"),
         }[kinds[0]]
         if others := [key for key in wrong if key in written]:
             raise ValueError(f"`{others[0]}` does not go with `{kinds[0]}`")
         if (self.builtin == "docstrings") != bool(self.packages):
             raise ValueError("`packages` goes with `builtin: docstrings`, and `docstrings` needs at least one package")
-        for one, other in (("separator", "sample_by"), ("text_column", "template")):
+        for one, other in self.contradicting:
             if {one, other} <= written:
                 raise ValueError(f"`{one}` and `{other}` contradict each other: keep one")
         if self.max_characters is not None and self.max_characters < self.min_characters:
@@ -121,6 +117,20 @@ class Source(Section):
         if self.dataset:
             return " ".join(filter(None, [self.dataset, self.config, self.split]))
         return self.path or (f"{self.builtin}: {', '.join(self.packages)}" if self.packages else self.builtin)
+
+
+class Source(Origin):
+    """One source of documents."""
+
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """For text: what one document is: a whole file, a paragraph (separated by blank lines), or a line."""
+    separator: str | None = Field(default=None, min_length=1)
+    """For text: a string that separates documents, such as "\\n\\n\\n"; instead of `sample_by`."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Read the first documents only, as many as have together at most this many tokens."""
+
+    file_keys: ClassVar = (*Origin.file_keys, "sample_by", "separator")
+    contradicting: ClassVar = (("separator", "sample_by"), *Origin.contradicting)
 
 
 class TrainSource(Source):
@@ -168,6 +178,8 @@ class EvaluationOverlap(Section):
 
 class DataSection(Section):
     """Where documents come from, how they are split, and how they become blocks of tokens."""
+
+    length_key: ClassVar = "block_size"
 
     train: non_empty(TrainSource)
     """The sources of training documents."""

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import UserError
+from kit.recipe.models import Recipe
 from kit.recipe.secrets import refuse_secret_override, refuse_secrets, refuse_secrets_in_text
+from kit.recipe.tasks import recipe_model
 from kit.recipe.words import describe_value, dotted, types_at
 from kit.recipe.yaml import Document, Keys, Place, parse_yaml, read_text
 
@@ -58,13 +60,15 @@ def _position(path: str, chain: tuple[str, ...]) -> int | None:
 
 
 def _merge(base: Document, child: Document) -> Document:
+    root = recipe_model(child.data if isinstance(child.data, dict) and "task" in child.data else base.data)
+
     def merge(below: Any, above: Any, keys: Keys) -> Any:
         if not (isinstance(below, dict) and isinstance(above, dict)):
             _replace_places(base.places, keys, child.places)
             return above
         base.places[keys] = child.places[keys]
         for key, value in above.items():
-            if value is None and key in below and not _takes_null((*keys, key)):
+            if value is None and key in below and not _takes_null((*keys, key), root):
                 del below[key]
                 _replace_places(base.places, (*keys, key), {})
             else:
@@ -74,8 +78,8 @@ def _merge(base: Document, child: Document) -> Document:
     return Document(merge(base.data, child.data, ()), base.places)
 
 
-def _takes_null(keys: Keys) -> bool:
-    types = types_at(keys)
+def _takes_null(keys: Keys, root: type[Recipe]) -> bool:
+    types = types_at(keys, root)
     return not types or Any in types or type(None) in types  # no types: an unknown key, which is to be reported
 
 

@@ -63,15 +63,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         checked, found = find_training_problems(training, places)
         problems += [Problem(("training", name), text) for name, text in found]
     if recipe is not None and recipe.adapter:
-        problems += _find_adapter_problems(recipe.adapter)
+        problems += _find_adapter_problems(recipe.adapter, recipe.task)
     if problems:
         raise UserError(show_problems(document, problems))
     return recipe.model_copy(update={"training": checked}) if "training" in recipe.model_fields_set else recipe
 
 
-def _find_adapter_problems(section: AdapterSection) -> list[Problem]:
+def _find_adapter_problems(section: AdapterSection, task: str) -> list[Problem]:
     try:
-        check_adapter(section)
+        check_adapter(section, task)
     except UserError as error:
         key, _, text = str(error).partition(": ")
         return [Problem(tuple(key.split(".")), text)]
@@ -96,9 +96,8 @@ def overrides_for_model(path: str) -> list[str]:
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML with its defaults written out, so that later defaults do not change the run.
 
-    Loading the text gives an equal recipe. Left out are null, empty lists and empty mappings, which are defaults
-    wherever a section takes them, and defaults that a section does not take beside what the recipe gives (such as
-    `sample_by` beside `separator`).
+    Loading the text gives an equal recipe. Left out are null, empty lists and empty mappings where they are defaults,
+    and defaults that a section does not take beside what the recipe gives (such as `sample_by` beside `separator`).
     """
     return write_yaml(_plain(recipe))
 
@@ -114,7 +113,8 @@ def _plain(value: Any) -> Any:
 def _writable(section: Section) -> dict[str, Any]:
     """Return the fields that can be written together, in the order of the model."""
     values = {name: getattr(section, name) for name in type(section).model_fields} | (section.model_extra or {})
-    values = {name: value for name, value in values.items() if value not in _EMPTY}
+    defaults = {name: field.get_default() for name, field in type(section).model_fields.items()}
+    values = {name: v for name, v in values.items() if v not in _EMPTY or v not in (None, defaults.get(name, v))}
     kept = {name: value for name, value in values.items() if name in section.model_fields_set}
     for name, value in values.items():
         if name not in kept:

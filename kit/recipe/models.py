@@ -184,12 +184,15 @@ class TrackingSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe: what to adapt, to which domain, and how."""
+    """A whole recipe: what to adapt, to which domain, and how; what every task has in common.
 
-    task: Literal["causal-lm"]
+    Each task has a model of its own that extends this one: see `kit.recipe.tasks`.
+    """
+
+    task: Literal["causal-lm", "sequence-classification"]
     """The kind of model and objective."""
     model: ModelSection
-    data: DataSection
+    data: Section
     vocabulary: VocabularySection | None = None
     """Tokens that are added to the tokenizer, and what their rows of the embeddings begin as."""
     freezing: FreezingSection | None = None
@@ -200,7 +203,7 @@ class Recipe(Section):
     `target_modules` LoRA and its kin go into every linear layer of the blocks."""
     training: dict[str, Any] = {}
     """`TrainingArguments` under their own names."""
-    evaluation: EvaluationSection = EvaluationSection()
+    evaluation: Section
     run: RunSection = RunSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -260,8 +263,17 @@ class Recipe(Section):
             raise ValueError("freezing.trainable.new_tokens there are none: `vocabulary` adds no token")
         return self
 
+
+class CausalLmRecipe(Recipe):
+    """A recipe of `task: causal-lm`: a decoder learns to predict the text of a domain."""
+
+    task: Literal["causal-lm"]
+    """The kind of model and objective."""
+    data: DataSection
+    evaluation: EvaluationSection = EvaluationSection()
+
     @model_validator(mode="after")
-    def _consistent(self) -> "Recipe":
+    def _consistent(self) -> "CausalLmRecipe":
         needs_validation = [name for name, s in self.evaluation.sets.items() if s.data_split == "validation"]
         if needs_validation and self.data.validation is None:
             wanted = f"evaluation.sets.{needs_validation[0]} names the split `validation`"

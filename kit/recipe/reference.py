@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from kit.recipe.adapter import REFUSED_KEYS, REFUSED_TYPES
-from kit.recipe.models import Recipe
+from kit.recipe.models import CausalLmRecipe, Recipe
 from kit.recipe.section import Section
 from kit.recipe.shipped import find_recipe
+from kit.recipe.tasks import RECIPES
 from kit.recipe.training_names import ALIASES, REFUSED, REMOVED
 from kit.recipe.words import members
 
@@ -63,7 +64,8 @@ DECIDED = {
     ("ddp_find_unused_parameters",): "False unless given: every parameter gets a gradient.",
     ("load_best_model_at_end",): "True with `run.early_stopping` where every checkpoint is of an evaluated step.",
     ("metric_for_best_model",): "Unless given, bits per byte of the first evaluation set, such as "
-    "`domain_bits_per_byte`; a figure of another set is named in the same way.",
+    "`domain_bits_per_byte`, and of a classifier `validation_f1_macro`; a figure of another set is named in the same "
+    "way.",
     ("greater_is_better",): "Follows from the metric; a value that contradicts it is refused.",
 }
 """What the kit decides about `TrainingArguments` that a recipe may give; what it may not give is in `REFUSED`."""
@@ -78,6 +80,8 @@ _EXAMPLES = {
     "training": "text/lm_gpt2_full",
     "evaluation": "offline/lm_gpt2_adapt",
     "run": "text/lm_gpt2_full",
+    "data of sequence-classification": "spam/cls_gpt2_last-block",
+    "evaluation of sequence-classification": "spam/cls_gpt2_last-block",
 }
 _WRITTEN_EXAMPLES = {
     "task": "task: causal-lm\n",
@@ -88,14 +92,14 @@ _INHERITING_EXAMPLE = "text/lm_gpt2-large_checkpointing"
 
 def reference_text() -> str:
     """Return the page as the text that is committed as `docs/recipes.md`."""
-    sections = ([f"[`{name}`](#{name})", _describe(field)] for name, field in Recipe.model_fields.items())
+    sections = ([f"[`{name}`](#{name})", _described(name, field)] for name, field in _fields_of_recipe())
     overview = _table(("section", "holds"), sections)
     inheriting = find_recipe(_INHERITING_EXAMPLE).path.read_text(encoding="utf-8")
     body = [line for line in inheriting.splitlines() if not line.startswith("#")]
     parts = [_HEAD, overview, _LAYERS.format(example=_yaml("\n".join(body) + "\n"))]
     shown: set[type[Section]] = set()
-    for name, field in Recipe.model_fields.items():
-        parts.append(f"## {name}\n\n{_describe(field)}\n")
+    for name, field in _fields_of_recipe():
+        parts.append(f"## {name}\n\n{_described(name, field)}\n")
         if name == "training":
             parts += [_TRAINING, _example(name), *_training_tables()]
             continue
@@ -105,15 +109,38 @@ def reference_text() -> str:
             shown.add(section)
             parts += [_fields_table(section), *_below(section, shown)]
         parts += _adapter_tables() if name == "adapter" else []
+        for task, model in _other_tasks(name):
+            [section] = _sections_in(model.model_fields[name].annotation)
+            shown.add(section)
+            parts += [f"### {name} of {task}\n\n{_first_paragraph(section)}\n", _example(f"{name} of {task}")]
+            parts += [_fields_table(section), *_below(section, shown)]
     return "\n".join(part for part in parts if part)
+
+
+def _fields_of_recipe() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the sections of a recipe; one that each task has its own of as `causal-lm` has it."""
+    for name, field in Recipe.model_fields.items():
+        yield name, field if name == "task" else CausalLmRecipe.model_fields[name]
+
+
+def _other_tasks(name: str) -> list[tuple[str, type[Recipe]]]:
+    """Return the tasks that have another section of this name than `causal-lm`, with their models."""
+    own = _sections_in(CausalLmRecipe.model_fields[name].annotation)
+    return [(task, m) for task, m in RECIPES.items() if own and _sections_in(m.model_fields[name].annotation) != own]
+
+
+def _described(name: str, field: FieldInfo) -> str:
+    """Return the description of a recipe's section, with where those of other tasks are."""
+    links = [f"of `{task}`: [below](#{name}-of-{task})" for task, _ in _other_tasks(name)]
+    return " ".join([_describe(field), *(f"Here those of `causal-lm`; {link}." for link in links)])
 
 
 def _below(section: type[Section], shown: set[type[Section]]) -> Iterator[str]:
     """Yield a part for each section inside a section, and inside those, that was not shown yet."""
     for field in section.model_fields.values():
         for inner in _sections_in(field.annotation):
-            for model in (_base(inner), inner):  # what others build on comes before them
-                if model is None or model in shown:
+            for model in (*reversed(_bases(inner)), inner):  # what others build on comes before them
+                if model in shown:
                     continue
                 shown.add(model)
                 yield f"### {_title(model)}\n\n{_first_paragraph(model)}\n"
@@ -122,7 +149,7 @@ def _below(section: type[Section], shown: set[type[Section]]) -> Iterator[str]:
 
 
 def _fields_table(section: type[Section]) -> str:
-    base = _base(section)
+    base = next(iter(_bases(section)), None)
     inherited = base.model_fields if base else {}
     own = {
         name: field
@@ -175,7 +202,7 @@ def _example(section: str) -> str:
     if section not in _EXAMPLES:
         return ""
     lines = find_recipe(_EXAMPLES[section]).path.read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"{section}:"))
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"{section.split()[0]}:"))
     end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
     return _yaml("\n".join(lines[start:end]) + "\n")
 
@@ -245,10 +272,9 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
     return []
 
 
-def _base(section: type[Section]) -> type[Section] | None:
-    """Return the model that a section extends, if that has keys itself."""
-    parent = section.__mro__[1]
-    return parent if parent is not Section and issubclass(parent, Section) else None
+def _bases(section: type[Section]) -> list[type[Section]]:
+    """Return the models that a section extends, the nearest first, as far as they have keys themselves."""
+    return [parent for parent in section.__mro__[1:] if parent is not Section and issubclass(parent, Section)]
 
 
 def _title(section: type[Section]) -> str:

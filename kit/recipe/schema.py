@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from kit.recipe.models import Recipe
+from kit.recipe.tasks import RECIPES
 from kit.recipe.training_arguments import ALIASES, Argument, allowed_names, installed_arguments
 from kit.recipe.words import members
 
@@ -13,9 +14,14 @@ _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", 
 
 def recipe_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12) of a recipe file; `training` is that of the installed transformers."""
-    schema = _without_required(Recipe.model_json_schema())
-    properties = schema.pop("properties")
-    definitions = schema.pop("$defs")
+    schemas = {task: _without_required(model.model_json_schema()) for task, model in RECIPES.items()}
+    schema, *others = schemas.values()
+    definitions = {name: section for each in schemas.values() for name, section in each["$defs"].items()}
+    properties = dict(schema["properties"])
+    of_tasks = [name for name in properties if any(each["properties"][name] != properties[name] for each in others)]
+    for name in of_tasks:
+        properties[name] = {"anyOf": [each["properties"][name] for each in schemas.values()]}
+        properties[name]["description"] = Recipe.model_fields[name].description or "Each task has its own."
     properties["training"] |= {"additionalProperties": False, "properties": _training_properties()}
     extends = {
         "type": "string",
@@ -24,8 +30,18 @@ def recipe_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Recipe of the domain adaptation kit",
-        **{key: value for key, value in schema.items() if key != "title"},
+        "description": "What to adapt, to which domain, and how.",
+        "type": "object",
+        "additionalProperties": False,
         "properties": {"extends": extends, **properties},
+        # Where a file names no task, the one that it extends does.
+        "allOf": [
+            {
+                "if": {"properties": {"task": {"const": task}}, "required": ["task"]},
+                "then": {"properties": {name: each["properties"][name] for name in of_tasks}},
+            }
+            for task, each in schemas.items()
+        ],
         "$defs": definitions,
     }
 

@@ -6,7 +6,10 @@ Verified against transformers 4.40 to 5.23 (dataclass fields and MIGRATION_GUIDE
 _OWN_EVALUATION = "the kit's own exact evaluation replaces the Trainer's loop; remove it, see `evaluation`"
 _FOR_SCRIPTS = "it is for scripts that choose what to do; `kit train` trains, and evaluates as `eval_strategy` says"
 _NO_HUB = "pushing to the Hub is not part of the kit; use `hf upload` on the run's `model` folder"
-_BLOCKS = "the kit shuffles its blocks itself, anew each epoch; remove it, and see `data.packing`"
+_BLOCKS = (
+    "the kit shuffles its rows itself, anew each epoch; remove it, and see `data.packing`, and of a classifier "
+    "`data.group_by_length`"
+)
 
 REFUSED = {
     "output_dir": "the run directory has its own key; write `run.output_dir`",

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from kit.errors import did_you_mean, nearest
 from kit.recipe.models import Recipe
+from kit.recipe.tasks import recipe_model
 from kit.recipe.words import (
     Problem,
     describe_types,
@@ -31,7 +32,7 @@ _BOUNDS = {
 def validate_document(document: Document, training_names: list[str]) -> tuple[Recipe | None, list[Problem]]:
     """Return the recipe that the document holds, or the problems that it has."""
     try:
-        return Recipe.model_validate(document.data), []
+        return recipe_model(document.data).model_validate(document.data), []
     except ValidationError as error:
         details = error.errors(include_url=False)
     return None, [_explain(detail, document, training_names) for detail in details]
@@ -54,12 +55,13 @@ def _order(document: Document, problem: Problem) -> tuple[bool, str, int]:
 
 
 def _explain(detail: dict[str, Any], document: Document, training_names: list[str]) -> Problem:
-    keys, value = _walk(detail["loc"], document.data)
+    root = recipe_model(document.data)
+    keys, value = _walk(detail["loc"], document.data, root)
     kind, context = detail["type"], detail.get("ctx", {})
-    types = types_at(keys)
+    types = types_at(keys, root)
     if kind == "extra_forbidden":
-        valid = {name for t in types_at(keys[:-1]) for name in getattr(t, "model_fields", ())}
-        return Problem(keys, explain_unknown_key(str(keys[-1]), keys[:-1], valid, training_names))
+        valid = {name for t in types_at(keys[:-1], root) for name in getattr(t, "model_fields", ())}
+        return Problem(keys, explain_unknown_key(str(keys[-1]), keys[:-1], valid, training_names, [root]))
     if kind == "missing":
         return Problem(keys, f"required, but missing; expected {describe_types(types)}")
     if kind == "value_error":
@@ -89,12 +91,12 @@ def _choices(types: tuple[Any, ...]) -> list[str]:
     return [str(choice) for t in types if get_origin(t) is Literal for choice in get_args(t)]
 
 
-def _walk(location: tuple[str | int, ...], data: Any) -> tuple[Keys, Any]:
+def _walk(location: tuple[str | int, ...], data: Any, root: type[Recipe]) -> tuple[Keys, Any]:
     """Return the keys and the value of pydantic's location, which also holds tags of unions and `[key]` marks."""
     keys: Keys = ()
     for i, part in enumerate(location):
         unknown_key = i == len(location) - 1 and isinstance(data, dict) and part in data
-        if not types_at((*keys, part)) and not unknown_key:
+        if not types_at((*keys, part), root) and not unknown_key:
             continue
         keys = (*keys, part)
         try:
@@ -112,5 +114,7 @@ def _origins(document: Document, keys: Keys, value: Any) -> str:
     if len({place.source for place in places.values()}) < 2:
         return ""
     listed = ", ".join(f"`{name}` at {place}" for name, place in places.items())
-    example = f"`{next(iter(places))}: null`"  # what was inherited comes first
+    whole = document.places[()].source
+    inherited = next((name for name, place in places.items() if place.source != whole), next(iter(places)))
+    example = f"`{inherited}: null`"
     return f" (combined from {listed}; to drop a key that is inherited, give it no value, as in {example})"

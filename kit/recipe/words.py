@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from kit.errors import did_you_mean, nearest
 from kit.recipe.models import Recipe
 from kit.recipe.section import Section
+from kit.recipe.tasks import RECIPES
 from kit.recipe.yaml import Keys, Place
 
 # What other tools call it, where no similarity of letters would lead there.
@@ -35,6 +36,8 @@ _ELSEWHERE = {
 
 # The same within a section.
 _BESIDE = {"token": "content", "word": "content", "file": "from_file", "path": "from_file"}
+# What does the same in recipes of another task.
+_SAME_ROLE = {"block_size": "max_length", "max_length": "block_size", "prompts": "examples", "examples": "prompts"}
 # What no key does.
 _IMPOSSIBLE = {
     "remove_tokens": "tokens cannot be removed from a tokenizer: the ids of all others, which are rows of the model's "
@@ -63,9 +66,9 @@ def members(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def types_at(keys: Keys) -> tuple[Any, ...]:
-    """Return the types that a recipe takes at `keys`; none where it has no such key."""
-    types: tuple[Any, ...] = (Recipe,)
+def types_at(keys: Keys, root: type[Recipe]) -> tuple[Any, ...]:
+    """Return the types that a recipe of a task takes at `keys`; none where it has no such key."""
+    types: tuple[Any, ...] = (root,) if keys[:1] != ("task",) else (Recipe,)  # which has all tasks
     for key in keys:
         types = tuple(t for around in types for t in _types_inside(around, key))
     return tuple(dict.fromkeys(types))
@@ -171,7 +174,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def explain_unknown_key(name: str, section: Keys, valid: Iterable[str], training_names: Iterable[str]) -> str:
+def explain_unknown_key(
+    name: str,
+    section: Keys,
+    valid: Iterable[str],
+    training_names: Iterable[str],
+    roots: Iterable[type[Recipe]] = tuple(RECIPES.values()),
+) -> str:
     """Return what to write instead of a key that its section does not have.
 
     Args:
@@ -179,17 +188,27 @@ def explain_unknown_key(name: str, section: Keys, valid: Iterable[str], training
         section: the way to the section that holds it.
         valid: the keys that the section has.
         training_names: the keys of `training`, which the models do not list.
+        roots: the models of the tasks that it may belong to.
     """
-    homes, valid = _homes(training_names), list(valid)
+    roots = list(roots)
+    homes, valid = _homes(training_names, roots), list(valid)
     if name.lower() in _IMPOSSIBLE:
         return f"unknown key; {_IMPOSSIBLE[name.lower()]}"
     if _BESIDE.get(name.lower()) in valid:
         return f"unknown key; did you mean `{_BESIDE[name.lower()]}`?"
+    others = [task for task, root in RECIPES.items() if root not in roots and _has(root, (*section, name))]
+    if others:
+        meant = _SAME_ROLE.get(name)
+        hint = f"; did you mean `{meant}`?" if meant in valid else ""
+        return f"unknown key here, one of `task: {others[0]}`{hint or _listed_if_few(valid)}"
     if here := homes.get(name):
         where = [f"under `{place}`" if place else "at the top level" for place in here[:3]]
         return f"unknown key; `{name}` belongs {' or '.join(where)}"
-    if name.lower() in _ELSEWHERE:
-        return f"unknown key; did you mean `{_ELSEWHERE[name.lower()]}`?"
+    if meant := _ELSEWHERE.get(name.lower()):
+        own = f"data.{_SAME_ROLE.get(meant.removeprefix('data.'))}"
+        if not any(_has(root, tuple(meant.split("."))) for root in roots) and not meant.startswith("training."):
+            meant = own
+        return f"unknown key; did you mean `{meant}`?"
     # In other sections only what is hardly a guess: any word resembles one of so many names.
     elsewhere = difflib.get_close_matches(name.lower(), homes, n=1, cutoff=0.8)
     if elsewhere and not nearest(name, valid):
@@ -199,7 +218,15 @@ def explain_unknown_key(name: str, section: Keys, valid: Iterable[str], training
     return f"unknown key{did_you_mean(name, valid)}"
 
 
-def _homes(training_names: Iterable[str]) -> dict[str, list[str]]:
+def _has(root: type[Recipe], keys: Keys) -> bool:
+    return bool(types_at(keys, root))
+
+
+def _listed_if_few(valid: list[str]) -> str:
+    return f"; valid: {', '.join(sorted(valid))}" if len(valid) <= 20 else ""
+
+
+def _homes(training_names: Iterable[str], roots: Iterable[type[Recipe]]) -> dict[str, list[str]]:
     """Return for every key of a recipe the sections that have it."""
     homes: dict[str, list[str]] = {name: ["training"] for name in training_names}
 
@@ -216,5 +243,6 @@ def _homes(training_names: Iterable[str]) -> dict[str, list[str]]:
                 if _is_section(inner):
                     visit(inner, below)
 
-    visit(Recipe, "")
+    for root in roots:
+        visit(root, "")
     return homes

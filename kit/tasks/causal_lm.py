@@ -4,16 +4,19 @@ Each task module has the same functions; `kit.run` calls them and knows no task 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from kit.data import corpus as corpora
 from kit.data.blocks import IGNORE_INDEX
 from kit.data.cleaning import Selections
 from kit.data.corpus import (
+    DEFAULT_SET,
     Corpus,
     EvaluationDocuments,
     TokenCoding,
@@ -22,7 +25,9 @@ from kit.data.corpus import (
     training_documents,
     training_documents_key,
 )
+from kit.data.ledger import check_dropped, print_ledger
 from kit.errors import UserError
+from kit.evaluation import samples, scorecard
 from kit.evaluation.language_modeling import evaluate_documents
 from kit.model.alignment import align_configuration, check_alignment
 from kit.model.embeddings import resize_and_initialise
@@ -31,9 +36,17 @@ from kit.model.isolation import check_isolation
 from kit.model.loading import check_pretrained, check_vocabulary, holds_adapter, load_causal_lm, model_type
 from kit.model.quantization import check_quantization
 from kit.model.roles import apply_roles, compare_with_chat
-from kit.model.tokenizer import decoder, encoder, load_tokenizer, special_tokens, tokenizer_key
+from kit.model.tokenizer import (
+    decoder,
+    describe_special_tokens,
+    encoder,
+    load_tokenizer,
+    special_tokens,
+    tokenizer_key,
+)
 from kit.model.vocabulary import Extension, extend_tokenizer
 from kit.recipe.models import Recipe
+from kit.tasks import causal_lm_examples
 
 Figures = dict[str, float | int]
 
@@ -41,6 +54,13 @@ Figures = dict[str, float | int]
 LOGGED_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "token_accuracy", "eos_nats")
 HIGHER_IS_BETTER = {"token_accuracy"}
 DEFAULT_FIGURE = "bits_per_byte"
+UNIT = "tokens"  # that `loss_weight` counts
+SHOWN_FIGURE = ("bits_per_byte", "bits/byte")
+
+# How figures are shown is the scorecard's; a document of each source as the model sees it, that of its own module.
+print_figures = scorecard.print_figures
+print_scorecard = scorecard.print_scorecard
+print_examples = causal_lm_examples.print_examples
 
 
 def check_early(recipe: Recipe, trains: bool = True) -> None:
@@ -62,6 +82,16 @@ def check_early(recipe: Recipe, trains: bool = True) -> None:
         )
     if recipe.model.name_or_path is not None:
         check_blocks(recipe.freezing, check_pretrained(recipe.model, recipe.data.block_size))
+
+
+def set_names(recipe: Recipe) -> list[str]:
+    """Return the evaluation sets that are measured on the way; the best model is chosen by the first."""
+    return list(recipe.evaluation.sets) or ([DEFAULT_SET] if recipe.data.validation is not None else [])
+
+
+def sources_key(recipe: Recipe) -> str:
+    """Return a hash of the content of every source that is trained or measured on."""
+    return corpora.sources_key(recipe.data, recipe.evaluation.sets)
 
 
 def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -120,7 +150,27 @@ def token_coding(tokenizer: PreTrainedTokenizerBase) -> TokenCoding:
     )
 
 
-def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def print_data(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print what stands around documents, and where every token of the corpus went."""
+    describe_special_tokens(tokenizer)
+    print_ledger(corpus.ledger)
+
+
+def check_data(corpus: Corpus, recipe: Recipe) -> None:
+    """Refuse a run that leaves out more of a source than the recipe allows.
+
+    Raises:
+        UserError: it does.
+    """
+    check_dropped(corpus.ledger, recipe.data.max_dropped)
+
+
+def begins_as(corpus: Corpus, args: TrainingArguments) -> list[Any]:
+    """Return what a model that was loaded depends on beside its weights: nothing."""
+    return []
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seed: int) -> PreTrainedModel:
     """Load the recipe's model and check that it fits tokenizer, block size and packing.
 
     Raises:
@@ -169,6 +219,27 @@ def loss_sum(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], args: Tr
     )
 
 
+def largest_batch(corpus: Corpus, recipe: Recipe, args: TrainingArguments) -> dict[str, torch.Tensor]:
+    """Return a micro-batch as large as they get; its values mean nothing."""
+    names = corpus.collate([corpus.rows[0]])
+    shape = (args.per_device_train_batch_size, recipe.data.block_size)
+    return {name: torch.zeros(shape, dtype=torch.long) for name in names}
+
+
+def count_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> int:
+    """Return how many logits a micro-batch has."""
+    return batch["input_ids"].numel() * model.config.get_text_config().vocab_size
+
+
+def describe_steps(corpus: Corpus, recipe: Recipe, rows_per_step: int, epochs: float) -> tuple[str, str]:
+    """Return in words the tokens of an optimizer step and those of the run."""
+    block_size, per_epoch = recipe.data.block_size, sum(row.trained for row in corpus.ledger)
+    return (
+        f" × {block_size:,} tokens = {rows_per_step * block_size:,} tokens",
+        f" = about {per_epoch * epochs:,.0f} label positions",
+    )
+
+
 def evaluate(
     model: torch.nn.Module,
     corpus: Corpus,
@@ -184,3 +255,65 @@ def evaluate(
         name: evaluate_documents(model, documents, recipe.data.block_size, context, batch_size, poll).figures()
         for name, documents in corpus.sets.items()
     }
+
+
+def evaluate_all(
+    model: torch.nn.Module,
+    corpus: Corpus,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    known: Mapping[str, Figures] | None = None,
+) -> dict[str, Any]:
+    """Return the `figures` of each evaluation set; `known` where they have just been measured."""
+    return {"figures": known or evaluate(model, corpus, recipe, tokenizer, args)}
+
+
+def measured_by(corpus: Corpus, recipe: Recipe, args: TrainingArguments) -> list[Any]:
+    """Return what the figures of a model depend on, beside the model and its tokenizer."""
+    sets = {name: documents.key for name, documents in corpus.sets.items()}
+    return [sets, recipe.data.block_size, recipe.evaluation.model_dump(mode="json")]
+
+
+def measure_baselines(
+    corpus: Corpus, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+) -> dict[str, Any]:
+    """Return what the trained model is compared with beside the base model: nothing."""
+    return {}
+
+
+def settle(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, args: TrainingArguments) -> None:
+    """Do to the trained model what is left to do: nothing."""
+
+
+def make_scorecard(
+    corpus: Corpus,
+    recipe: Recipe,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    untrained: Mapping[str, Figures],
+) -> dict[str, Any]:
+    """Return the scorecard; see `kit.evaluation.scorecard`."""
+    return scorecard.make_scorecard("causal-lm", before["figures"], after["figures"], untrained)
+
+
+def prompts(recipe: Recipe) -> Sequence[str]:
+    """Return the texts that the model is shown before and after."""
+    return recipe.evaluation.prompts
+
+
+def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Check that the prompts and their continuations have room.
+
+    Raises:
+        UserError: one has not.
+    """
+    samples.check_prompts(model, tokenizer, recipe.evaluation.prompts, **recipe.evaluation.generation.model_dump())
+
+
+def sample(
+    model: PreTrainedModel, corpus: Corpus, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+) -> list[list[str]]:
+    """Return continuations of the recipe's prompts."""
+    generation = recipe.evaluation.generation.model_dump()
+    return samples.continue_prompts(model, tokenizer, recipe.evaluation.prompts, **generation)

@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from kit.data.corpus import DEFAULT_SET
 from kit.errors import UserError, did_you_mean
 from kit.model.freezing import check_sharding
 from kit.model.precision import has_accelerator, supports_bf16
@@ -62,7 +61,7 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
         raise UserError("FSDP and DeepSpeed are ignored on CPUs: the run would be plain DDP; leave them out")
     if args.fp16 and args.device.type == "cpu":
         raise UserError("training.fp16: a CPU multiplies fp16 a hundred times slower than fp32; leave it out")
-    _check_evaluation(recipe, args)
+    _check_evaluation(recipe, task, args)
     check_sharding(recipe, args)
     return args, precision
 
@@ -99,7 +98,9 @@ def _best_model_metric(recipe: Recipe, task: ModuleType) -> dict[str, Any]:
     Raises:
         UserError: the recipe names one that no evaluation gives.
     """
-    sets = list(recipe.evaluation.sets) or [DEFAULT_SET]
+    sets = task.set_names(recipe)
+    if not sets:
+        return {}
     metrics = [f"{name}_{figure}" for name in sets for figure in task.LOGGED_FIGURES]
     metric = recipe.training.get("metric_for_best_model")
     if metric is None:
@@ -155,14 +156,14 @@ def _check_plan(recipe: Recipe, args: TrainingArguments) -> None:
         check_follows_steps(_scheduler(args))
 
 
-def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:
+def _check_evaluation(recipe: Recipe, task: ModuleType, args: TrainingArguments) -> None:
     wants_evaluation = recipe.run.early_stopping or args.load_best_model_at_end
     if args.eval_strategy.value == "no":
         if wants_evaluation:
             key = "run.early_stopping" if recipe.run.early_stopping else "training.load_best_model_at_end"
             raise UserError(f"{key} needs evaluations: set `training.eval_strategy` to `steps` or `epoch`")
         return
-    if not recipe.evaluation.sets and recipe.data.validation is None:
+    if not task.set_names(recipe):
         raise UserError(
             "training.eval_strategy needs something to evaluate: give `data.validation` or `evaluation.sets`"
         )

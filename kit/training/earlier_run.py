@@ -1,7 +1,8 @@
 """What a folder that holds a run already means for the run that is to be started in it."""
 
+from types import ModuleType
+
 from kit.console import say
-from kit.data.corpus import sources_key
 from kit.errors import UserError
 from kit.files import hash_values
 from kit.model.loading import model_key
@@ -11,9 +12,9 @@ from kit.training.checkpoints import checkpoints_newest_first
 from kit.training.run_directory import RunDirectory
 
 
-def inputs_key(recipe: Recipe, seed: int) -> str:
+def inputs_key(recipe: Recipe, task: ModuleType, seed: int) -> str:
     """Return a hash of the content of everything that a recipe reads: text and weights."""
-    return hash_values(sources_key(recipe.data, recipe.evaluation.sets), model_key(recipe.model, seed))
+    return hash_values(task.sources_key(recipe), model_key(recipe.model, seed))
 
 
 def effective_resume(recipe: Recipe, directory: RunDirectory) -> RunSection:
@@ -27,7 +28,7 @@ def effective_resume(recipe: Recipe, directory: RunDirectory) -> RunSection:
     return recipe.run.model_copy(update={"resume": "auto"}) if cut_off else recipe.run
 
 
-def is_finished(recipe: Recipe, directory: RunDirectory, seed: int) -> bool:
+def is_finished(recipe: Recipe, task: ModuleType, directory: RunDirectory, seed: int) -> bool:
     """Tell whether this very recipe's run has ended here.
 
     Raises:
@@ -38,7 +39,7 @@ def is_finished(recipe: Recipe, directory: RunDirectory, seed: int) -> bool:
     check_same_recipe(recipe, directory)
     if not directory.is_finished() or recipe.run.resume not in ("auto", "must"):
         return False
-    if directory.read_manifest().get("inputs") != inputs_key(recipe, seed):
+    if directory.read_manifest().get("inputs") != inputs_key(recipe, task, seed):
         raise UserError(
             f"{directory.path}: is finished, but data or base model have changed since; run afresh with "
             f"`run.resume=never`, which keeps the old run aside, or choose another folder with `run.output_dir=…`"

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -33,7 +33,7 @@ _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0.1, "adagrad": 4, "rmsprop": 4, "lio
 
 
 def estimate_memory(
-    model: PreTrainedModel, args: TrainingArguments, task: ModuleType, block_size: int, inputs: Iterable[str]
+    model: PreTrainedModel, args: TrainingArguments, task: ModuleType, batch: Mapping[str, torch.Tensor]
 ) -> dict[str, float | None]:
     """Estimate what training takes on one device, in bytes.
 
@@ -45,8 +45,7 @@ def estimate_memory(
         model: the model; neither it nor the state of the random numbers is touched.
         args: of the run.
         task: a module of `kit.tasks`, whose `loss_sum` is the forward pass.
-        block_size: tokens per row.
-        inputs: names of what a batch holds.
+        batch: a micro-batch as large as they get; its shapes count, not its values.
 
     Returns:
         Bytes by use; None for activations that cannot be counted, since the architecture's steps depend on the data.
@@ -56,11 +55,9 @@ def estimate_memory(
     per_parameter = next((b for name, b in _OPTIMIZER_BYTES.items() if optimizer.startswith(name)), 8)
     if "8bit" in optimizer:
         per_parameter /= 4
-    tokens = args.per_device_train_batch_size * block_size
-    vocab_size = model.config.get_text_config().vocab_size
     try:
         with torch.random.fork_rng(devices=[]):
-            activations = _saved_for_backward(model, args, task, block_size, inputs)
+            activations = _saved_for_backward(model, args, task, batch)
     except Exception:  # an estimate is not worth a run, and each architecture fails in its own way without data
         activations = None
     return {
@@ -70,12 +67,12 @@ def estimate_memory(
         f"optimizer ({optimizer})": trainable * per_parameter / 4,
         "activations": activations,
         # The gradient of the logits, in float32 and in the precision that they were computed in.
-        "gradient of logits": tokens * vocab_size * (6 if args.bf16 or args.fp16 else 4),
+        "gradient of logits": task.count_logits(model, batch) * (6 if args.bf16 or args.fp16 else 4),
     }
 
 
 def _saved_for_backward(
-    model: PreTrainedModel, args: TrainingArguments, task: ModuleType, block_size: int, inputs: Iterable[str]
+    model: PreTrainedModel, args: TrainingArguments, task: ModuleType, batch: Mapping[str, torch.Tensor]
 ) -> int:
     """Count the bytes that autograd keeps between forward and backward of a micro-batch."""
     seen: dict[int, int] = {}
@@ -100,8 +97,7 @@ def _saved_for_backward(
         twin.train()
         if args.gradient_checkpointing:
             _enable_checkpointing(twin, dict(args.gradient_checkpointing_kwargs or {}))
-        shape = (args.per_device_train_batch_size, block_size)
-        batch = {name: torch.zeros(shape, dtype=torch.long) for name in inputs}
+        batch = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         own = {t.untyped_storage()._cdata for t in (*twin.parameters(), *twin.buffers(), *batch.values())}
         # Without data transformers takes all rows for packed ones, and builds a mask that single rows do not need.
         unpacked = patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None)
@@ -228,7 +224,10 @@ def _advice(recipe: Recipe, args: TrainingArguments, reason: str) -> str:
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     where = f"process {args.process_index} of {args.world_size} is " if args.world_size > 1 else ""
     reason = " ".join(reason.split())[:200]
-    lines = [f"{where}out of memory, with {batch} rows of {recipe.data.block_size:,} tokens at a time ({reason})"]
+    key = recipe.data.length_key
+    length = getattr(recipe.data, key)
+    of_length = f" of {length:,} tokens" if length else ""
+    lines = [f"{where}out of memory, with {batch} rows{of_length} at a time ({reason})"]
     if batch > 1:
         smaller = next(n for n in range(batch // 2, 0, -1) if batch % n == 0)
         lines.append(
@@ -238,8 +237,8 @@ def _advice(recipe: Recipe, args: TrainingArguments, reason: str) -> str:
         )
     if not args.gradient_checkpointing:
         lines.append("  computes activations twice instead of keeping them:  training.gradient_checkpointing=true")
-    if recipe.data.block_size >= 16:
-        lines.append(f"  shorter rows:  data.block_size={recipe.data.block_size // 2}")
+    if length is None or length >= 16:
+        lines.append(f"  shorter rows:  data.{key}={length // 2 if length else 256}")
     if args.per_device_eval_batch_size > 1:
         lines.append(
             f"  if it was in an evaluation:  training.per_device_eval_batch_size={args.per_device_eval_batch_size // 2}"

@@ -41,8 +41,13 @@ class StepPlan:
         return self.steps / self.steps_per_epoch
 
 
-def plan_steps(rows: int, args: TrainingArguments) -> StepPlan:
+def plan_steps(rows: int, args: TrainingArguments, micro_batches: int | None = None) -> StepPlan:
     """Work out the steps of a run as Trainer does.
+
+    Args:
+        rows: rows of an epoch.
+        args: of the run.
+        micro_batches: of an epoch, on each process; by default of `per_device_train_batch_size` rows each.
 
     Raises:
         UserError: the rows of an epoch do not fill a single global batch.
@@ -57,7 +62,7 @@ def plan_steps(rows: int, args: TrainingArguments) -> StepPlan:
             f"`training.gradient_accumulation_steps` or `training.per_device_train_batch_size`, shorten "
             f"`data.block_size`, or add text"
         )
-    micro_batches = -(-rows // per_micro_batch)
+    micro_batches = micro_batches or -(-rows // per_micro_batch)
     steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     return StepPlan(rows, rows_per_step, steps_per_epoch, steps, args)

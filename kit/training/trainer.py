@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from kit.data.sampling import EpochBatches
@@ -38,6 +38,7 @@ class KitTrainer(Trainer):
 
     Args:
         task: a module of `kit.tasks`, whose `loss_sum` and `loss_weight` define the objective.
+        batches: returns the micro-batches of this process, as indices of rows; each epoch has as many.
         measure: evaluates the model on every set of the recipe; takes a function to call between batches.
         preemption: where a SIGTERM is noticed.
         fingerprints: of recipe and data, stored with each checkpoint.
@@ -49,6 +50,7 @@ class KitTrainer(Trainer):
         self,
         *args: Any,
         task: ModuleType,
+        batches: Callable[[TrainingArguments], EpochBatches],
         measure: Callable[[Callable[[], None]], dict[str, dict[str, float]]],
         preemption: Preemption,
         fingerprints: dict[str, str],
@@ -64,6 +66,7 @@ class KitTrainer(Trainer):
         super().__init__(*args, **kwargs)
         del model._hf_peft_config_loaded
         self.task = task
+        self.batches = batches
         self.measure = measure
         self.preemption = preemption
         self.fingerprints = fingerprints
@@ -86,17 +89,10 @@ class KitTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return this process's batches; accelerate's sharding would repeat rows to even out the last batch."""
-        batches = EpochBatches(
-            len(self.train_dataset),
-            self._train_batch_size,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            self.args.world_size,
-            self.args.process_index,
-        )
         workers = self.args.dataloader_num_workers
         return _EpochLoader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=self.batches(self.args),
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,

@@ -45,7 +45,7 @@ def test_a_column_text_is_found_among_others(write_rows):
 
 
 def test_the_only_column_of_text_is_found_and_told(write_rows, capsys):
-    columns._announce.cache_clear()
+    columns.tell_once.cache_clear()
     path = write_rows([{"id": 1, "body": "yes", "tags": ["a"]}])
     assert read(path) == read(path) == ["yes"]
     assert capsys.readouterr().out.count("the text is column `body`, the only one that holds any") == 1

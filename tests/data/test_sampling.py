@@ -2,11 +2,12 @@
 
 from itertools import chain
 
+import numpy as np
 import pytest
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader, Dataset
 
-from kit.data.sampling import EpochBatches
+from kit.data.sampling import EpochBatches, LengthBatches
 
 NUMBERS = [1, 2, 7, 8, 9, 31, 32, 33, 64, 100]
 # (processes, batch size) of one global micro-batch of 8 rows or less
@@ -98,3 +99,113 @@ def test_seeking_with_accelerate_gives_the_tail_of_the_epoch(skipped, rank):
     sought.batch_sampler.batch_sampler.set_epoch(2)
     assert list(sought) == straight[skipped:]
     assert len(sought) == 10 - skipped
+
+
+# ---- Rows sorted by length within an optimizer step ----
+
+LENGTHS = np.random.default_rng(5).integers(1, 300, 103)
+
+
+def sorted_steps(rows, size, processes, global_batch, lengths):
+    """The rows of each optimizer step by micro-batch, [step][micro-batch][process]."""
+    accumulation = global_batch // (size * processes)
+    samplers = [EpochBatches(rows, size, 0, processes, rank, lengths, accumulation) for rank in range(processes)]
+    of_each = list(zip(*map(list, samplers), strict=True))
+    return [of_each[m : m + accumulation] for m in range(0, len(of_each), accumulation)]
+
+
+@pytest.mark.parametrize(("processes", "size"), [(1, 8), (1, 4), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_sorting_by_length_leaves_each_optimizer_step_its_rows(processes, size):
+    unsorted = steps(103, 8, 1, 8)
+    sorted_ones = sorted_steps(103, size, processes, 8, LENGTHS)
+    flat = [[row for micro in step for batch in micro for row in batch if row >= 0] for step in sorted_ones]
+    assert [sorted(step) for step in flat] == [sorted(step) for step in unsorted]
+    for step in flat:
+        assert LENGTHS[step].tolist() == sorted(LENGTHS[step], reverse=True)
+
+
+def test_sorting_by_length_pads_less():
+    def positions(micro_batches):
+        return sum(len(rows) * LENGTHS[rows].max() for rows in micro_batches)
+
+    plain = positions(EpochBatches(103, 4, 0))
+    by_length = positions(EpochBatches(103, 4, 0, lengths=LENGTHS, accumulation=8))
+    assert LENGTHS.sum() < by_length < 0.8 * plain
+
+
+# ---- Batches of rows of similar length ----
+
+
+def length_batches(lengths=LENGTHS, size=8, processes=1, seed=0, epoch=0, max_tokens=None):
+    """The batches of every process: [process][micro-batch] -> rows."""
+    samplers = [LengthBatches(lengths, size, seed, processes, rank, max_tokens) for rank in range(processes)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    result = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(lists) for lists in result]
+    return result
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_tokens", [None, 1, 250, 1000])
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_each_row_comes_once_an_epoch_within_the_budget(processes, max_tokens, epoch):
+    of_each = length_batches(processes=processes, max_tokens=max_tokens, epoch=epoch)
+    found = [batch for rank in of_each for batch in rank if batch != [-1]]
+    assert sorted(chain(*found)) == list(range(103))
+    for batch in found:
+        assert len(batch) <= 8
+        assert max_tokens is None or len(batch) * LENGTHS[batch].max() <= max_tokens or len(batch) == 1
+    assert len({len(rank) for rank in of_each}) == 1
+    assert not any([-1] in rank[:-1] for rank in of_each)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500])
+def test_all_epochs_have_as_many_batches_of_other_rows(max_tokens):
+    epochs = [length_batches(epoch=epoch, max_tokens=max_tokens)[0] for epoch in range(20)]
+    assert len({tuple(sorted(map(len, epoch))) for epoch in epochs}) == 1
+    assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 20
+    assert len({frozenset(map(frozenset, epoch)) for epoch in epochs}) == 20
+    assert length_batches(epoch=3, max_tokens=max_tokens)[0] == epochs[3]
+    assert length_batches(seed=1, max_tokens=max_tokens)[0] != epochs[0]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_take_the_batches_of_one_in_rounds(processes):
+    alone = length_batches(max_tokens=700)[0]
+    of_each = length_batches(max_tokens=700, processes=processes)
+    dealt = [batch for round_ in zip(*of_each, strict=True) for batch in round_]
+    assert dealt[: len(alone)] == alone
+    assert all(batch == [-1] for batch in dealt[len(alone) :])
+    assert len(dealt) - len(alone) < processes
+
+
+def test_batches_of_many_rows_have_little_padding():
+    lengths = np.random.default_rng(1).integers(5, 500, 5000)
+    batches = length_batches(lengths, size=16)[0]
+    padding = 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padding < 0.06
+    assert len(batches) == -(-5000 // 16)
+
+
+def test_batches_are_not_in_the_order_of_their_length():
+    longest = [int(LENGTHS[batch].max()) for batch in length_batches()[0]]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+@pytest.mark.parametrize("lengths", [[1], [7] * 9, [1, 1000]])
+def test_few_or_equal_rows_make_batches_too(lengths):
+    [batches] = length_batches(np.array(lengths), size=4, max_tokens=100)
+    assert sorted(chain(*batches)) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_seeking_with_accelerate_gives_the_tail_of_an_epoch_by_length(skipped):
+    lengths = np.arange(1, 21)
+    loader = DataLoader(Identity(), batch_sampler=LengthBatches(lengths, 4, 3, 2, 1), collate_fn=list)
+    loader.batch_sampler.set_epoch(2)
+    straight = list(loader)
+    loader.batch_sampler.set_epoch(0)
+    sought = skip_first_batches(loader, skipped)
+    sought.batch_sampler.batch_sampler.set_epoch(2)
+    assert list(sought) == straight[skipped:]

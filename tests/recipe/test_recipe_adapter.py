@@ -1,6 +1,5 @@
 """The `adapter` section: peft's own keys, checked by name, type and range; and what the kit does not take."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -43,15 +42,8 @@ def test_every_type_of_peft_is_taken_or_refused_with_a_reason():
 
     names = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert set(REFUSED_TYPES) <= names
-    for name in names - set(REFUSED_TYPES) - {"ADAMSS"}:
+    for name in names - set(REFUSED_TYPES):
         assert config(type=name.lower()).peft_type == name
-
-
-def test_what_else_a_type_needs():
-    if importlib.util.find_spec("sklearn"):
-        pytest.skip("scikit-learn is installed")
-    with pytest.raises(UserError, match="scikit-learn is required"):
-        config(type="adamss")
 
 
 @pytest.mark.parametrize(

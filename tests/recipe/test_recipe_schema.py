@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from kit.recipe.schema import recipe_schema, schema_text
+from kit.recipe.tasks import RECIPES
 
 COMMITTED = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
@@ -43,7 +44,15 @@ def test_a_file_that_extends_another_needs_no_key():
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["properties"]["extends"]["type"] == "string"
     assert schema["additionalProperties"] is False
-    assert '"required"' not in schema_text()
+    of_tasks = schema.pop("allOf")
+    assert '"required"' not in json.dumps([schema, *(each["then"] for each in of_tasks)])
+
+
+def test_a_file_that_names_its_task_has_the_sections_of_that_task():
+    of_tasks = {each["if"]["properties"]["task"]["const"]: each["then"] for each in recipe_schema()["allOf"]}
+    assert set(of_tasks) == set(RECIPES)
+    sections = {task: then["properties"]["data"]["$ref"].rpartition("/")[2] for task, then in of_tasks.items()}
+    assert sections == {"causal-lm": "DataSection", "sequence-classification": "LabeledDataSection"}
 
 
 def test_every_key_is_described():

@@ -71,7 +71,7 @@ def test_null_takes_a_value_back():
         ({"warmup_ratio": 0.1}, ["no longer has this name", "share of the training steps: `warmup_steps: 0.1`"]),
         ({"evaluation_strategy": "steps"}, ["write `eval_strategy`"]),
         ({"overwrite_output_dir": True}, ["`run.resume: never`"]),
-        ({"group_by_length": True}, ["train_sampling_strategy", "shuffles its blocks itself"]),
+        ({"group_by_length": True}, ["train_sampling_strategy", "shuffles its rows itself"]),
         ({"no_cuda": True}, ["write `use_cpu`"]),
         ({"per_gpu_train_batch_size": 1}, ["write `per_device_train_batch_size`"]),
         ({"logging_dir": "x"}, ["TENSORBOARD_LOGGING_DIR"]),

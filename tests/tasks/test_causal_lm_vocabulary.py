@@ -22,7 +22,7 @@ def test_extended_model_names_the_ids_of_roles(write_recipe, tmp_path, ends):
     recipe = load_recipe(write_recipe(model={"name_or_path": str(folder)}, vocabulary=vocabulary))
     tokenizer = causal_lm.prepare_tokenizer(recipe)
     extended, extension = causal_lm.extend_vocabulary(recipe, tokenizer)
-    model = causal_lm.load_model(recipe, tokenizer, 0)
+    model = causal_lm.load_model(recipe, tokenizer, None, 0)
     assert model.config.eos_token_id == ends
     causal_lm.extend_model(model, recipe, extended, extension, 0)
 

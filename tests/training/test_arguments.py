@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from kit.errors import UserError
 from kit.model import precision
-from kit.recipe.models import Recipe
+from kit.recipe.models import CausalLmRecipe
 from kit.tasks import causal_lm
 from kit.training.arguments import make_training_arguments
 
@@ -18,7 +18,7 @@ def make(tmp_path, monkeypatch):
 
     def arguments(training=None, validation=True, sets=None, **run):
         data = {"train": [{"path": "a.txt"}], "validation": {"fraction": 0.1} if validation else None}
-        recipe = Recipe(
+        recipe = CausalLmRecipe(
             task="causal-lm",
             model={"name_or_path": "gpt2"},
             data=data,

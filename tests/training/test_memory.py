@@ -64,14 +64,14 @@ def test_activations_are_those_of_a_real_forward(tmp_path, architecture, setting
         batch = packed_batch()
         if not packing:
             del batch["position_ids"]
-        estimated = estimate_memory(model, args, causal_lm, BLOCK_SIZE, batch.keys())["activations"]
+        estimated = estimate_memory(model, args, causal_lm, batch)["activations"]
         assert estimated == pytest.approx(really_kept(model, args, batch), rel=0.05), attention
 
 
 def test_activations_of_weights_in_bfloat16_with_dropout(tmp_path):
     model = make_model("gpt2", resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1).to(torch.bfloat16)
     args, batch = arguments(tmp_path), packed_batch()
-    parts = estimate_memory(model, args, causal_lm, BLOCK_SIZE, batch.keys())
+    parts = estimate_memory(model, args, causal_lm, batch)
     assert parts["activations"] == pytest.approx(really_kept(model, args, batch), rel=0.05)
     assert parts["weights"] == 2 * model.num_parameters()
 
@@ -81,14 +81,14 @@ def test_weights_gradients_and_optimizer(tmp_path):
     for parameter in model.transformer.wte.parameters():
         parameter.requires_grad_(False)
     total, frozen = model.num_parameters(), model.transformer.wte.weight.numel()
-    keys = packed_batch().keys()
+    batch = packed_batch()
     for optim, values in (("adamw_torch", 2), ("sgd", 0), ("adamw_bnb_8bit", 0.5)):
-        parts = estimate_memory(model, arguments(tmp_path, optim=optim), causal_lm, BLOCK_SIZE, keys)
+        parts = estimate_memory(model, arguments(tmp_path, optim=optim), causal_lm, batch)
         assert parts["weights"] == 4 * total
         assert parts["gradients"] == 4 * (total - frozen)
         assert parts[f"optimizer ({optim})"] == 4 * values * (total - frozen)
-    twice = arguments(tmp_path, per_device_train_batch_size=2 * BATCH)
-    larger = estimate_memory(model, twice, causal_lm, BLOCK_SIZE, keys)
+    twice = {name: tensor.repeat(2, 1) for name, tensor in batch.items()}
+    larger = estimate_memory(model, arguments(tmp_path), causal_lm, twice)
     assert larger["activations"] / parts["activations"] == pytest.approx(2, rel=0.05)
 
 
@@ -101,7 +101,7 @@ def test_rows_that_train_alone(tmp_path, tie_word_embeddings, bf16):
     model.requires_grad_(False)
     train_new_rows(model, range(300, 310))
     args, batch = arguments(tmp_path, bf16=bf16), packed_batch()
-    parts = estimate_memory(model, args, causal_lm, BLOCK_SIZE, batch.keys())
+    parts = estimate_memory(model, args, causal_lm, batch)
     assert parts["weights"] == 4 * total
     assert parts["gradients"] == 4 * 10 * 32 * (1 if tie_word_embeddings else 2)
     assert parts["activations"] == pytest.approx(really_kept(model, args, batch), rel=0.05)
@@ -111,7 +111,7 @@ def test_estimate_touches_neither_random_numbers_nor_model(tmp_path):
     model = make_model(resid_pdrop=0.1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, training, state = model.config.to_dict(), model.training, torch.get_rng_state()
-    estimate_memory(model, arguments(tmp_path), causal_lm, BLOCK_SIZE, packed_batch().keys())
+    estimate_memory(model, arguments(tmp_path), causal_lm, packed_batch())
     assert torch.equal(torch.get_rng_state(), state)
     assert (model.config.to_dict(), model.training) == (config, training)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -169,7 +169,7 @@ def out_of_memory_at(place, error, rank=0):
     if place == "step 2":
         causal_lm.loss_sum = fail_in(causal_lm.loss_sum, 2)
     elif place == "measure before":
-        run.Run.measure = fail_in(run.Run.measure, 1)
+        run.Run.measure_all = fail_in(run.Run.measure_all, 1)
     else:
         causal_lm.load_model = fail_in(causal_lm.load_model, 1)
 

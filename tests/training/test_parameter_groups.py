@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from kit.errors import UserError
-from kit.recipe.models import Recipe
+from kit.recipe.models import CausalLmRecipe
 from kit.tasks import causal_lm
 from kit.training.arguments import make_training_arguments
 from kit.training.freezing import make_plan
@@ -218,7 +218,7 @@ def test_eight_bits_leave_embeddings_in_32(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from bitsandbytes.optim import GlobalOptimManager
 
-    recipe = Recipe(
+    recipe = CausalLmRecipe(
         task="causal-lm",
         model={"name_or_path": "x"},
         data={"train": [{"path": "x"}]},
@@ -229,7 +229,7 @@ def test_eight_bits_leave_embeddings_in_32(tmp_path):
     steps = StepPlan(rows=8, rows_per_step=2, steps_per_epoch=4, steps=4, args=args)
     plan = make_plan(model, recipe.freezing, [], steps)
     trainer = KitTrainer(
-        model=model, args=args, task=causal_lm, measure=None, preemption=None, fingerprints={}, plan=plan
+        model=model, args=args, task=causal_lm, batches=None, measure=None, preemption=None, fingerprints={}, plan=plan
     )
     optimizer = trainer.create_optimizer()
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -253,7 +253,7 @@ def test_what_cannot_follow_a_plan_is_told_before_training(plan, training, messa
     # A factory, as transformers has for optimizers that divide the parameters by their shape.
     monkeypatch.setattr("kit.training.parameter_groups.is_optimizer_factory", lambda cls: not training)
     sections = {"model": {"name_or_path": "x"}, "data": {"train": [{"path": "x"}], "validation": {"fraction": 0.5}}}
-    recipe = Recipe(task="causal-lm", **sections, **plan, training=training)
+    recipe = CausalLmRecipe(task="causal-lm", **sections, **plan, training=training)
     with pytest.raises(UserError, match=message):
         make_training_arguments(recipe, causal_lm, tmp_path)
 

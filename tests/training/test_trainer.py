@@ -282,7 +282,7 @@ def test_new_rows_are_not_decayed(tmp_path):
         model = MODELS[name]()
         train_new_rows(model, range(310, 317))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        kinds = {"preemption": Preemption(), "fingerprints": {}, "task": causal_lm, "measure": dict}
+        kinds = {"preemption": Preemption(), "fingerprints": {}, "task": causal_lm, "measure": dict, "batches": list}
         optimizer = KitTrainer(model=model, args=args, **kinds).create_optimizer()
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         rows = {id(p) for p in (embedding.new_rows, head.new_rows, getattr(head, "new_bias", None)) if p is not None}

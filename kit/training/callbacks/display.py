@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -12,9 +13,10 @@ from kit.console import new_progress, say, shows_bars
 class Display(TrainerCallback):
     """Shows progress, loss, speed and evaluations on rank 0."""
 
-    def __init__(self, weight_seen: Callable[[], float], tells_end: bool = True) -> None:
-        """Show the speed at which `weight_seen`, the label positions trained on so far, grows, and why it ends."""
+    def __init__(self, weight_seen: Callable[[], float], task: ModuleType, tells_end: bool = True) -> None:
+        """Show the speed at which `weight_seen`, in the task's `UNIT`, grows, its `SHOWN_FIGURE`, and why it ends."""
         self.weight_seen = weight_seen
+        self.unit, (self.figure, self.figure_in_words) = task.UNIT, task.SHOWN_FIGURE
         self.tells_end = tells_end
         self.bar = None
         self.clock = (0.0, 0.0)
@@ -42,13 +44,12 @@ class Display(TrainerCallback):
             norm = f"  grad norm {logs['grad_norm']:.3f}" if "grad_norm" in logs else ""
             say(
                 f"{step}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}  epoch {logs['epoch']:.2f}"
-                f"  {speed:,.0f} tokens/s"
+                f"  {speed:,.0f} {self.unit}/s"
             )
-        bits = {
-            k.removeprefix("eval_").removesuffix("_bits_per_byte"): v for k, v in logs.items() if "bits_per_byte" in k
-        }
-        if bits:
-            say(f"{step}  " + "  ".join(f"{name} {value:.4f} bits/byte" for name, value in bits.items()))
+        end = f"_{self.figure}"
+        found = {k.removeprefix("eval_").removesuffix(end): v for k, v in logs.items() if k.endswith(end)}
+        if found:
+            say(f"{step}  " + "  ".join(f"{name} {value:.4f} {self.figure_in_words}" for name, value in found.items()))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the time of evaluations out of the speed of training."""
