@@ -108,8 +108,8 @@ def print_what_trains(run: Run) -> None:
     rows, used = embedding.shape[0], max(run.tokenizer.get_vocab().values()) + 1
     say(
         f"\n{type(model).__name__}: {total:,} parameters, {trainable:,} train ({trainable / total:.1%}); "
-        f"{'tied' if tied else 'untied'} embeddings of {rows:,} rows for {len(run.tokenizer):,} tokens"
-        + (f", {rows - used:,} of them spare" if rows > used else "")
+        f"{'' if head is None else 'tied ' if tied else 'untied '}embeddings of {rows:,} rows for "
+        f"{len(run.tokenizer):,} tokens" + (f", {rows - used:,} of them spare" if rows > used else "")
     )
 
 

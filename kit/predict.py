@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from kit.data.sources import filter_text, format_of_file, open_rows, resolve_fil
 from kit.errors import UserError
 from kit.evaluation.classification import predict_logits, probabilities
 from kit.evaluation.classification_metrics import decide
-from kit.model.classifier import classifier_positions, label_names, load_classifier, needs_positions
+from kit.model.classifier import classifier_positions, label_names, load_classifier, needs_positions, saved_thresholds
 from kit.model.configuration import CLASSIFIER
 from kit.model.loading import check_vocabulary, load_config, stored_kind
 from kit.model.sequence_encoding import prepare_for_pipeline, sequence_encoder
@@ -44,6 +45,7 @@ _BATCHES_AT_ONCE = 16  # of rows of any length, which are sorted by it
 _CHARACTERS_AT_ONCE = 1 << 24
 _FIRST_ROWS = 100
 _KEPT = {"head": "beginning", "tail": "end", "head+tail": "beginning and end"}
+_KEY = re.compile(r"`(format|encoding|delimiter|quoting|column_names|text_column|text_pair_column)(?:: ([^`]*))?`")
 Row = dict[str, Any]
 
 
@@ -85,8 +87,19 @@ def predict(
             _classify(rows, classifier, _writer(sink, target, rows.columns), batch_size * _BATCHES_AT_ONCE)
     except BrokenPipeError:  # whoever reads standard output has seen enough
         return
+    except UserError as error:  # a reader's, which speaks of a recipe's keys and of the file that it was given
+        said = re.sub(r"/\S*/standard input", "standard input", str(error))
+        raise UserError(_KEY.sub(_as_option, said)) from None
     if target:
         say(f"predictions: {target}")
+
+
+def _as_option(key: re.Match[str]) -> str:
+    """Return a key of a source as the option of the command that stands for it."""
+    name, value = key[1].replace("_", "-"), key[2]
+    if value in ("true", "false"):
+        return f"`--{'' if value == 'true' else 'no-'}{name}`"
+    return f"`--{name} {value}`" if value else f"`--{name}`"
 
 
 def _find_model(model: str, revision: str | None) -> tuple[ModelSection, PreTrainedConfig]:
@@ -125,8 +138,7 @@ class _Classifier:
         prepare_for_pipeline(tokenizer, self.max_length, self.truncation, config)
         self._encode = sequence_encoder(tokenizer, self.max_length, self.truncation)
         self._collate = CollateLabeled(tokenizer.pad_token_id, positions=needs_positions(config))
-        thresholds = settings.get("thresholds")
-        self._thresholds = np.array([thresholds[name] for name in self.names]) if thresholds else None
+        self._thresholds = saved_thresholds(config, self.names)
         self._batch_size = batch_size
         model, new = load_classifier(section, tokenizer, self.names, self.multi, seed=0)
         if new:

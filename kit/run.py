@@ -143,7 +143,7 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
     check_topology(args)
     with out_of_memory_explained(recipe, args):
         run = prepare_run(recipe, args, None, measures_only=True)
-        figures = run.measure_all()["figures"]
+        figures = run.measure_all(details=False)["figures"]
     if not run.corpus.sets:
         raise UserError(f"{recipe_path}: nothing to evaluate: give `data.validation` or `evaluation.sets`")
     run.task.print_figures(recipe.model.name_or_path or "fresh model", figures)
@@ -181,13 +181,12 @@ class Run:
         """Return the model's figures on the evaluation sets that are measured on the way."""
         return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
 
-    def measure_all(self, known: Mapping[str, Figures] | None = None) -> dict[str, Any]:
-        """Return the `figures` of every evaluation set, and what the task tells beside them.
+    def measure_all(self, known: Mapping[str, Figures] | None = None, details: bool = True) -> dict[str, Any]:
+        """Return the `figures` of every evaluation set, and with `details` what the task tells beside them.
 
-        Args:
-            known: what `measure` has just returned of this very model, if it has.
+        `known` is what `measure` has just returned of this very model, if it has.
         """
-        return self.task.evaluate_all(self.model, self.corpus, self.recipe, self.tokenizer, self.args, known)
+        return self.task.evaluate_all(self.model, self.corpus, self.recipe, self.tokenizer, self.args, known, details)
 
     def compare(self) -> dict[str, Any]:
         """Return the figures of what the task compares the model with."""
@@ -300,7 +299,7 @@ def _measure_once(run: Run, *state: Any) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         # The prompts first: one that is too long should not be found after everything was measured.
         samples = from_main_process(run.sample)
-        return {"figures": run.measure_all()["figures"], "samples": samples}
+        return {"figures": run.measure(), "samples": samples}
 
     return _once(run, [*state, run.model_key, *run.task.begins_as(run.corpus, run.args)], measure)
 

@@ -101,9 +101,11 @@ def test_the_scorecard_holds_all_that_is_compared(finished):
     assert list(sets) == ["validation", "train_sample", "test"]
     assert sets["train_sample"]["after"]["rows"] == 10
     for name, card in sets.items():
-        assert {"before", "after", "delta", "intervals", "per_class", "confusion"} <= card.keys()
-        assert card["before"] != card["after"]
-        for figure, change in card["delta"].items():
+        assert {"after", "intervals", "per_class", "confusion"} <= card.keys()
+        # The untrained head is not measured on the test: only the model that was chosen is.
+        assert ({"before", "delta"} <= card.keys()) == (name != "test")
+        assert card.get("before") != card["after"]
+        for figure, change in card.get("delta", {}).items():
             assert change == card["after"][figure] - card["before"][figure]
         confusion = np.array(card["confusion"])
         assert confusion.sum() == card["after"]["rows"]
@@ -128,6 +130,9 @@ def test_the_saved_model_works_in_a_pipeline_alone(finished):
     card = read(finished / "scorecard.json")["sets"]["test"]
     assert right / len(rows) == card["after"]["accuracy"]
     assert 0 < right < len(rows)
+    predictions = lines(finished / "predictions.jsonl")
+    assert [row["set"] for row in predictions] == ["validation"] * (len(predictions) - 20) + ["test"] * 20
+    assert [row["predicted"] for row in predictions[-20:]] == [answer["label"] for answer in found]
     mistakes = lines(finished / "mistakes.jsonl")
     confusion = np.array(read(finished / "scorecard.json")["sets"]["validation"]["confusion"])
     assert len(mistakes) == confusion.sum() - np.trace(confusion) > 0
@@ -163,9 +168,10 @@ def test_only_what_is_named_trains(finished, base):
 
 def test_the_summary_of_w_and_b_is_the_scorecard(finished):
     [run] = read_runs(finished).values()
-    card = read(finished / "scorecard.json")["sets"]["test"]
+    sets = read(finished / "scorecard.json")["sets"]
+    card, before = sets["test"], sets["validation"]["before"]
     assert run.summary["scorecard/test/after/accuracy"] == card["after"]["accuracy"]
-    assert run.summary["scorecard/test/before/f1_macro"] == card["before"]["f1_macro"]
+    assert run.summary["scorecard/validation/before/f1_macro"] == before["f1_macro"]
     assert (
         run.summary["scorecard/test/baselines/tfidf_logreg/accuracy"] == card["baselines"]["tfidf_logreg"]["accuracy"]
     )
@@ -498,6 +504,6 @@ def test_two_processes_equal_one(base, tmp_path, by_length):
     cards = [read(run / "scorecard.json")["sets"] for run in (one, two)]
     for name, card in cards[0].items():
         assert cards[1][name].get("baselines") == card.get("baselines")
-        assert cards[1][name]["before"] == card["before"]
+        assert cards[1][name].get("before") == card.get("before")
         assert cards[1][name]["confusion"] == card["confusion"]
         assert cards[1][name]["after"] == pytest.approx(card["after"], rel=1e-9)

@@ -349,6 +349,8 @@ def test_files_that_cannot_be_read(folder, tmp_path):
     assert "f.jsonl:2: not JSON" in refusal(folder, tmp_path / "f.jsonl")
     assert "--encoding: no such encoding" in refusal(folder, tmp_path / "in.csv", encoding="utf-9")
     assert "--delimiter: " in refusal(folder, tmp_path / "in.csv", delimiter="ab")
+    (tmp_path / "g.csv").write_bytes("text\nÜber\n".encode("cp1252"))
+    assert "`--encoding latin-1`" in refusal(folder, tmp_path / "g.csv")
     assert "--format: " in refusal(folder, tmp_path / "in.csv", format="cvs")
     assert "--column-names: a name occurs twice" in refusal(folder, tmp_path / "in.csv", column_names=["a", "a"])
     assert "says nothing about a.txt" in refusal(folder, tmp_path / "a.txt", delimiter=";")

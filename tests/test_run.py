@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kit import run
 from kit.errors import UserError
 from kit.recipe.loading import load_recipe
+from kit.tasks import causal_lm
 from tests.harness import run_kit
 from tests.material import documents
 
@@ -271,8 +272,8 @@ def test_prepared_run_tokenises_and_measures_nothing_again(write_recipe, tmp_pat
     run.prepare(recipe, [])
     stored = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()}
     measured = []
-    original = run.Run.measure_all
-    monkeypatch.setattr(run.Run, "measure_all", lambda self, *args: measured.append(args) or original(self, *args))
+    original = causal_lm.evaluate
+    monkeypatch.setattr(causal_lm, "evaluate", lambda *args: measured.append(args) or original(*args))
     run.train(recipe, [])
     assert len(measured) == 1  # after
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()} == stored

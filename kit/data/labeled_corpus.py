@@ -16,6 +16,7 @@ from kit.data.labeled_examples import (
     CollateLabeled,
     Encoded,
     EncodedTexts,
+    EncodeTexts,
     LabeledRows,
     SequenceCoding,
     encode_texts,
@@ -27,6 +28,7 @@ from kit.data.row_ledger import RowLedger
 from kit.data.sampling import EpochBatches
 from kit.data.sources import source_fingerprint
 from kit.data.splits import choose_documents
+from kit.errors import UserError
 from kit.files import hash_values
 from kit.recipe.classification import Augment, LabeledDataSection, LabeledEvaluationSection, LabeledSource
 
@@ -89,11 +91,13 @@ class LabeledCorpus:
         group_by_length: whether rows of similar length make a batch.
         max_tokens_per_batch: positions of such a batch at most, or None.
         limit: what decides how much of a text is read, in words.
+        encode: of `SequenceCoding`, for texts that are in no set.
         key: hash of all of it.
     """
 
     rows: LabeledRows
     collate: CollateLabeled
+    encode: EncodeTexts
     sets: dict[str, LabeledSet]
     final_sets: tuple[str, ...]
     train: LabeledSet
@@ -146,7 +150,7 @@ def labeled_sources_key(data: LabeledDataSection, evaluation: LabeledEvaluationS
 
 
 def build_labeled_corpus(
-    data: LabeledDataSection, evaluation: LabeledEvaluationSection, coding: SequenceCoding, seed: int
+    data: LabeledDataSection, evaluation: LabeledEvaluationSection, coding: SequenceCoding
 ) -> LabeledCorpus:
     """Read all sources, split, clean and balance them, and lay out the rows of an epoch and the evaluation sets.
 
@@ -154,8 +158,6 @@ def build_labeled_corpus(
         data: the recipe's section.
         evaluation: the recipe's section.
         coding: of the tokenizer.
-        seed: of the run, as every task gets it. Nothing here depends on it: split, balance and noise have seeds of
-            their own, so that runs of several seeds are measured on the same rows.
 
     Raises:
         UserError: a source cannot be read, a part is empty, or a class has no training row.
@@ -167,6 +169,9 @@ def build_labeled_corpus(
         part.labels = encode(part.rows, labels, name)
         if not labels.multi:
             part.drop(f"class of fewer than {data.min_rows_per_label:,} rows", part.labels < 0)
+        if not len(part):
+            causes = row_ledger.causes_of(part.ledger.dropped)
+            raise UserError(f"{name}: no row is left ({causes}); lower `data.min_rows_per_label`")
     read = labels.matrix(parts["train"].labels).sum(axis=0)
     parts = divide(data, parts, labels)
     check_classes(parts, labels, read)
@@ -187,6 +192,7 @@ def build_labeled_corpus(
     return LabeledCorpus(
         rows=rows,
         collate=CollateLabeled(coding.pad_token_id, coding.padding_side, coding.positions),
+        encode=coding.encode,
         sets=sets,
         final_sets=tuple(name for name in sets if name not in ("validation", "train_sample")),
         train=seen,
@@ -196,7 +202,9 @@ def build_labeled_corpus(
         group_by_length=data.group_by_length,
         max_tokens_per_batch=data.max_tokens_per_batch,
         limit=f"`data.max_length: {data.max_length}`" if data.max_length else _NO_LIMIT,
-        key=hash_values(rows.key, [(name, s.key) for name, s in sets.items()], labels.names, labels.multi, coding.key),
+        key=hash_values(
+            rows.key, seen.key, [(name, s.key) for name, s in sets.items()], labels.names, labels.multi, coding.key
+        ),
     )
 
 

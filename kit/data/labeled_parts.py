@@ -125,10 +125,11 @@ def divide(data: LabeledDataSection, parts: Mapping[str, LabeledPart], labels: L
                 parts[name].drop(EXACT_DUPLICATE, _later_copies(parts[name]))
     if balance and balance.method == "undersample" and balance.rows == "all":
         _undersample(train, balance.seed)
-    result = {**parts, **_split_off(data, train, labels)}
+    # Before anything is split off: validation is to choose without having seen the test.
     for name in parts:
         if name != "train":
             train.drop(ALSO_IN.format(name), np.isin(train.hashes, parts[name].hashes))
+    result = {**parts, **_split_off(data, train, labels)} if len(train) else parts
     if not len(train):
         raise UserError(
             f"train: none of {sum(account.read for account in train.ledger.sources):,} rows is left "

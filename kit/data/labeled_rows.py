@@ -208,4 +208,9 @@ def _label_text_rows(lines: readers.Located, separator: str, name: str) -> reade
             label, found, text = line.partition(separator)
             if not found:
                 raise UserError(f"{where}: no {name} in `{line[:80]}`; expected a label, a {name} and a text")
+            if "\t" in label:
+                raise UserError(
+                    f"{where}: a tab in `{line[:80]}`, where lines before have a space between label and text; mend "
+                    f"the line, or name `format: tsv`, `column_names: [label, text]` and `delimiter`"
+                )
             yield where, {"label": label, "text": text}

@@ -5,7 +5,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -37,11 +36,6 @@ class LabelSet:
     def names_of(self, labels: np.ndarray) -> list[str]:
         """Return the names of one row's labels: int64 (), or bool (classes,)."""
         return [self.names[number] for number in (np.flatnonzero(labels) if self.multi else [int(labels)])]
-
-    @property
-    def problem_type(self) -> Literal["single_label_classification", "multi_label_classification"]:
-        """As a model's configuration calls it."""
-        return "multi_label_classification" if self.multi else "single_label_classification"
 
     def matrix(self, labels: np.ndarray) -> np.ndarray:
         """Return labels as indicators: bool (rows, classes).
@@ -96,6 +90,9 @@ def label_set(rows: Iterable[LabeledRow], label_names: Mapping[str, str] | None 
             f"data.min_rows_per_label: found {min_rows:,}, which {len(names)} of {len(classes)} labels reach "
             f"({_listed([f'{name}: {count:,}' for name, count in classes.most_common()])}); a classifier needs two"
         )
+    if len(names) < len(classes):
+        rare = [f"{name}: {count:,}" for name, count in classes.most_common() if count < min_rows]
+        say(f"left out, with fewer than {min_rows:,} rows (`data.min_rows_per_label`): {_listed(rare)}")
     of_class = {name: number for number, name in enumerate(names)}
     numbers = {name: of_class.get(renamed[name], -1) for name in in_data}
     _warn_of_oddities([name for name in in_data if numbers[name] >= 0], counts, num_rows, integers, renamed)

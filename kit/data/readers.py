@@ -391,6 +391,6 @@ def _not_decodable(path: Path, encoding: str, error: UnicodeError) -> UserError:
                     break
                 return UserError(
                     f"{path}:{number}: byte 0x{line[exact.start]:02x} is not UTF-8; say which encoding it is, for "
-                    f"example with `encoding: latin-1`"
+                    f"example with `encoding: latin-1` (of Windows, `cp1252`)"
                 )
     return UserError(f"{path}: is not {encoding} ({getattr(error, 'reason', error)})")

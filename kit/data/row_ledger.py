@@ -12,6 +12,7 @@ from kit.data.columns import LeftOut
 from kit.data.labeled_rows import LabeledRow
 from kit.data.labels import LabelSet
 
+SAMPLE = "train_sample"
 _MOST_EXAMPLES = 3
 _EXCERPT_CHARACTERS = 60
 _MOST_CLASSES = 40
@@ -131,7 +132,7 @@ def print_row_ledger(ledger: Sequence[RowLedger], limit: str) -> None:
     for part in ledger:
         for line in _lines(part):
             say(line)
-        if part.truncated:
+        if part.truncated and part.part != SAMPLE:  # whose rows are among those of the training part
             longest, read = part.longest
             say(
                 f"{part.part}: {part.truncated:,} of {part.rows:,} rows are cut ({limit}): {part.tokens_cut:,} of "

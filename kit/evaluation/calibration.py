@@ -4,13 +4,16 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 
+from kit.console import warn
+
 _TEMPERATURES = (0.05, 20.0)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, multi: bool) -> float:
     """Return the divisor of the logits that makes the labels most likely (Guo et al. 2017, arXiv:1706.04599).
 
-    It changes no prediction of a single label. Between 0.05 and 20; at the lower end where every row is right.
+    It changes no prediction of a single label. Where no temperature is the best, since every row is right and less is
+    always more likely, or since it lies outside of 0.05 to 20, it stays 1, and that is told.
 
     Args:
         logits: float64 (rows, classes), of rows that the model was not trained on; at least one row.
@@ -27,7 +30,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, multi: bool) -> floa
         return -log_softmax(scaled, axis=1)[np.arange(len(labels)), labels].mean()
 
     # Convex in 1 / temperature, so there is one minimum in its logarithm too.
+    right = (logits > 0) == labels.astype(bool) if multi else logits.argmax(axis=1) == labels
     found = minimize_scalar(nll, bounds=np.log(_TEMPERATURES), method="bounded", options={"xatol": 1e-8})
+    if right.all() or np.isclose(found.x, np.log(_TEMPERATURES), atol=1e-3).any():
+        why = "every row of it is predicted right" if right.all() else f"the best lies outside of {_TEMPERATURES}"
+        warn(f"no temperature can be fitted to {len(labels):,} rows: {why}; it stays 1")
+        return 1.0
     return float(np.exp(found.x))
 
 

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kit.console import say, table, warn
 from kit.evaluation.classification_metrics import absent_classes
+from kit.evaluation.intervals import paired_difference
 
 Figures = Mapping[str, float | int]
 
@@ -22,6 +25,7 @@ def make_classification_scorecard(
     after: Mapping[str, Figures],
     baselines: Mapping[str, Mapping[str, Figures]],
     details: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return all that is known of every set, as `scorecard.json` holds it.
 
@@ -31,6 +35,7 @@ def make_classification_scorecard(
         baselines: of each set, of each baseline.
         details: of each set of the trained model: `intervals` (`bootstrap_intervals`), `against_tfidf`
             (`paired_difference`), `per_class` (`per_class_figures`) and `confusion`; any may be missing.
+        notes: what is to be known of the baselines.
     """
     sets = {}
     for name, new in after.items():
@@ -42,7 +47,31 @@ def make_classification_scorecard(
         if name in baselines:
             card["baselines"] = {baseline: dict(figures) for baseline, figures in baselines[name].items()}
         sets[name] = {**card, **details.get(name, {})}
-    return {"task": "sequence-classification", "sets": sets}
+    return {"task": "sequence-classification", "sets": sets, **({"notes": list(notes)} if notes else {})}
+
+
+def with_differences(
+    details: Mapping[str, Mapping[str, Any]],
+    baselines: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    labels: Mapping[str, np.ndarray],
+    *resampled: Any,
+) -> dict[str, dict[str, Any]]:
+    """Return details of each set with `against_tfidf` in the place of `predicted`.
+
+    Args:
+        details: with what the classifier predicted.
+        baselines: of each set, of each baseline what it `predicted`.
+        labels: of each set.
+        resampled: the last arguments of `paired_difference`.
+    """
+    result = {}
+    for name, found in details.items():
+        result[name] = {key: value for key, value in found.items() if key != "predicted"}
+        other = baselines.get(name, {}).get("tfidf_logreg", {}).get("predicted")
+        if other is not None:
+            pair = np.array(found["predicted"]), np.array(other)
+            result[name]["against_tfidf"] = paired_difference(labels[name], *pair, *resampled)
+    return result
 
 
 def print_classification_scorecard(scorecard: Mapping[str, Any]) -> None:
@@ -54,6 +83,8 @@ def print_classification_scorecard(scorecard: Mapping[str, Any]) -> None:
     title = "Scorecard (lower ECE is better)"
     columns = ["set", "figure", "before", *(_BASELINES.get(key, key) for key in baselines), "after", "95 % interval"]
     table(title, columns, [_row(name, card, baselines) for name, card in sets.items()])
+    for note in scorecard.get("notes", ()):
+        say(note)
     for name, card in sets.items():
         _say_against_tfidf(name, card)
     for name, card in sets.items():
@@ -63,6 +94,9 @@ def print_classification_scorecard(scorecard: Mapping[str, Any]) -> None:
                 f"{name}: no row for {len(absent)} of the {len(card['per_class'])} classes ({listed}): each counts in "
                 f"macro-F1, with 0"
             )
+        predicted = [cut_name(c) for c, n in zip(card.get("per_class", ()), _predicted(card), strict=False) if n]
+        if len(predicted) == 1 and card["after"]["rows"] > 1:
+            warn(f"{name}: every row is predicted to be `{predicted[0]}`")
     shown = next((name for name in ("test", "validation") if name in sets), next(iter(sets)))
     if per_class := sets[shown].get("per_class"):
         print_confusion(shown, sets[shown].get("confusion"), list(per_class))
@@ -75,7 +109,13 @@ def _row(name: str, card: Mapping[str, Any], baselines: Sequence[str]) -> list[s
     cells = ["\n".join(_shown(key, found.get(key)) for key in _SHOWN) for found in [*measured, card["after"]]]
     intervals = [card.get("intervals", {}).get(key, [None]) for key in _SHOWN]
     bounds = [" to ".join(_shown(key, bound) for bound in found) for key, found in zip(_SHOWN, intervals, strict=True)]
-    return [f"{name}\n{card['after']['rows']:,} rows", "\n".join(_TITLES.values()), *cells, "\n".join(bounds)]
+    titles = _TITLES | ({"accuracy": "exact match"} if "f1_micro" in card["after"] else {})
+    return [f"{name}\n{card['after']['rows']:,} rows", "\n".join(titles.values()), *cells, "\n".join(bounds)]
+
+
+def _predicted(card: Mapping[str, Any]) -> list[int]:
+    """Return how many rows were predicted to be of each class; nothing for any number of labels."""
+    return np.array(card["confusion"]).sum(axis=0).tolist() if card.get("confusion") else []
 
 
 def _shown(key: str, value: float | None) -> str:

@@ -1,5 +1,6 @@
 """The most confident mistakes of a classifier: often it is the label that is wrong."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,3 +67,26 @@ def confident_mistakes(
 
 def _named(has_label: np.ndarray, names: Sequence[str]) -> list[str]:
     return [name for name, has in zip(names, has_label, strict=True) if has]
+
+
+def prediction_lines(
+    name: str,
+    probabilities: np.ndarray,
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    where: Sequence[str],
+    names: Sequence[str],
+    multi: bool,
+) -> str:
+    """Return a line of JSON for each row of a set: where it is, its labels, what is predicted, how probable that is.
+
+    So it is on record which rows a set has, and another model can be compared on the same ones.
+    """
+    lines = []
+    for likely, found, given, place in zip(probabilities, predicted, labels, where, strict=True):
+        if multi:
+            row = {"labels": _named(given, names), "predicted": _named(found, names)}
+        else:
+            row = {"label": names[given], "predicted": names[found], "probability": round(float(likely[found]), 6)}
+        lines.append(json.dumps({"set": name, "where": place, **row}, ensure_ascii=False) + "\n")
+    return "".join(lines)

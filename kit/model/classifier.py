@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.console import say, warn
 from kit.errors import UserError
-from kit.files import hash_values
 from kit.model.configuration import CAUSAL_LM, CLASSIFIER, fresh_config
 from kit.model.heads import draw_anew, head_names, logits_layer, permute_logits
 from kit.model.hub import expand
@@ -25,7 +25,6 @@ from kit.model.loading import (
     load_adapted,
     load_config,
     load_model,
-    model_key,
     stored_kind,
 )
 from kit.model.tokenizer import special_tokens
@@ -112,9 +111,10 @@ def label_settings(names: Sequence[str], multi: bool) -> dict[str, Any]:
     }
 
 
-def classifier_key(section: ModelSection, names: Sequence[str], multi: bool, seed: int) -> str:
-    """Return a hash of the weights that a recipe starts from, those of a new head included."""
-    return hash_values(model_key(section, seed), list(names), multi, seed)
+def saved_thresholds(config: PreTrainedConfig, names: Sequence[str]) -> np.ndarray | None:
+    """Return the thresholds that were tuned for a model's labels: (classes,); None where none were."""
+    saved = (getattr(config, "kit_classifier", None) or {}).get("thresholds")
+    return np.array([saved[name] for name in names]) if saved else None
 
 
 def classifier_positions(config: PreTrainedConfig) -> int | None:

@@ -226,7 +226,7 @@ def check_pretrained(section: ModelSection, block_size: int, kind: Kind = CAUSAL
 
 def model_key(section: ModelSection, seed: int) -> str:
     """Return a hash of the weights that a recipe starts from: the files, the Hub commit, or configuration and seed."""
-    settings = [section.config, section.dtype, section.attn_implementation]
+    settings = [section.config, section.dtype, section.attn_implementation, section.load_in_4bit]
     if section.from_config is not None:
         # The tokenizer gives the size of the vocabulary and the special ids where the configuration does not.
         return hash_values("fresh", section.from_config, str(section.tokenizer), seed, torch.__version__, settings)

@@ -85,7 +85,8 @@ class Balance(Section):
     seed: int = 0
     """Seed of which rows are kept or repeated."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    """With `class-weights`: the weight of each class; by default rows / (classes × rows of the class)."""
+    """With `class-weights`: the weight of each class; by default rows / (classes × rows of the class), and with any
+    number of labels, for the rows that have a label, rows without it / rows with it."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> "Balance":

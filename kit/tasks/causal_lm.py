@@ -264,6 +264,7 @@ def evaluate_all(
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
     known: Mapping[str, Figures] | None = None,
+    details: bool = True,
 ) -> dict[str, Any]:
     """Return the `figures` of each evaluation set; `known` where they have just been measured."""
     return {"figures": known or evaluate(model, corpus, recipe, tokenizer, args)}

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from kit.console import is_main_process, say
 from kit.data.labeled_corpus import LabeledCorpus, LabeledSet
 from kit.errors import UserError
 from kit.evaluation.baselines import join_pairs, majority, tfidf_logreg
@@ -25,10 +24,10 @@ Likely = dict[str, tuple[np.ndarray, np.ndarray]]  # by set: int64 (rows,), whic
 
 def measure_baselines(
     corpus: LabeledCorpus, recipe: ClassificationRecipe, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
-) -> dict[str, dict[str, Any]]:
-    """Return `figures` and `predicted` of each baseline that the recipe asks for, by set and baseline.
+) -> dict[str, Any]:
+    """Return `sets`, with `figures` and `predicted` of each baseline that the recipe asks for, and `notes` on them.
 
-    To be called on all processes; what the main one returns is whole.
+    To be called on all processes, which all learn alike: the main one alone would let the others wait too long.
 
     Each learns from the training rows that the classifier learns from, before noise and repetition, and is measured on
     the same rows.
@@ -36,18 +35,21 @@ def measure_baselines(
     wanted, labels = recipe.evaluation.baselines, corpus.labels
     names = [name for name in corpus.sets if name != "train_sample"]
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    notes = []
+    if "zero_shot" in wanted and (reason := _why_not_asked(recipe, corpus, tokenizer)):
+        wanted, notes = [name for name in wanted if name != "zero_shot"], [f"zero-shot: {reason}"]
     for baseline in wanted:
-        if baseline != "zero_shot" and not is_main_process():
-            continue  # computed once, while only the model's rows are shared out
         likely = _BASELINES[baseline](corpus, recipe, tokenizer, args, names)
         for name, (rows, of_rows) in likely.items():
+            if len(rows) < len(corpus.sets[name]):
+                notes.append(f"{name}: {baseline} of a sample of {len(rows):,} of {len(corpus.sets[name]):,} rows")
             truth = corpus.sets[name].labels[rows]
             predicted = decide(of_rows, labels.multi, None)
             found[name][baseline] = {
                 "figures": classification_figures(of_rows, truth, labels.names, labels.multi),
                 "predicted": predicted.astype(int).tolist() if len(rows) == len(corpus.sets[name]) else None,
             }
-    return found
+    return {"sets": found, "notes": notes}
 
 
 def check_baselines(corpus: LabeledCorpus, recipe: ClassificationRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -102,9 +104,6 @@ def _zero_shot(
     names: Sequence[str],
 ) -> Likely:
     labels = corpus.labels
-    if reason := _why_not_asked(recipe, corpus, tokenizer):
-        say(f"zero-shot: {reason}")
-        return {}
     model = load_causal_lm(recipe.model, tokenizer, args.seed).to(args.device)
     asked, words, positions = _asked(recipe, corpus)
     context = special_tokens(tokenizer).context.id
@@ -112,8 +111,6 @@ def _zero_shot(
     for name in names:
         texts = _texts(corpus.sets[name])
         chosen = np.sort(np.random.default_rng(_SEED).permutation(len(texts))[: asked.max_rows])
-        if len(chosen) < len(texts):
-            say(f"zero-shot: of the {len(texts):,} rows of {name} a sample of {len(chosen):,} is asked for")
         texts = [texts[index] for index in chosen.tolist()]
         most = args.per_device_eval_batch_size * _ZERO_SHOT_POSITIONS
         scores = zero_shot(

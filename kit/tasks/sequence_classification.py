@@ -19,14 +19,15 @@ from kit.evaluation import classification_scorecard
 from kit.evaluation.calibration import fit_temperature, tune_thresholds
 from kit.evaluation.classification import predict_logits, probabilities
 from kit.evaluation.classification_metrics import classification_figures, confusion, decide, per_class_figures
-from kit.evaluation.intervals import bootstrap_intervals, paired_difference
-from kit.evaluation.mistakes import confident_mistakes
+from kit.evaluation.intervals import bootstrap_intervals
+from kit.evaluation.mistakes import confident_mistakes, prediction_lines
 from kit.model.classifier import (
     check_classifier,
     classifier_positions,
     fold_temperature,
     load_classifier,
     needs_positions,
+    saved_thresholds,
 )
 from kit.model.freezing import check_blocks, check_random_parameters
 from kit.model.loading import check_vocabulary
@@ -102,8 +103,11 @@ def extend_vocabulary(
 
 
 def prepare_examples(recipe: ClassificationRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> LabeledCorpus:
-    """Read, split, balance and encode the recipe's rows."""
-    corpus = build_labeled_corpus(recipe.data, recipe.evaluation, sequence_coding(recipe, tokenizer), seed)
+    """Read, split, balance and encode the recipe's rows.
+
+    All of it has seeds of its own, so that runs of several seeds are measured on the same rows.
+    """
+    corpus = build_labeled_corpus(recipe.data, recipe.evaluation, sequence_coding(recipe, tokenizer))
     classification_baselines.check_baselines(corpus, recipe, tokenizer)
     return corpus
 
@@ -208,6 +212,9 @@ def largest_batch(
 ) -> dict[str, torch.Tensor]:
     """Return a micro-batch as large as they get."""
     longest = np.argsort(-corpus.rows.lengths, kind="stable")[: args.per_device_train_batch_size]
+    if corpus.max_tokens_per_batch:
+        most = corpus.max_tokens_per_batch // int(corpus.rows.lengths[longest[0]])
+        longest = longest[: max(1, most)]
     return corpus.collate([corpus.rows[index] for index in longest.tolist()])
 
 
@@ -219,8 +226,11 @@ def count_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> i
 def describe_steps(
     corpus: LabeledCorpus, recipe: ClassificationRecipe, rows_per_step: int, epochs: float
 ) -> tuple[str, str]:
-    """Return in words what a row of an optimizer step has, nothing more to say, and the tokens of the run."""
-    return "", f" = about {corpus.rows.lengths.sum() * epochs:,.0f} tokens"
+    """Return in words what is to be said of the rows of an optimizer step, and the tokens of the run."""
+    return (
+        " at most" if corpus.max_tokens_per_batch else "",
+        f" = about {corpus.rows.lengths.sum() * epochs:,.0f} tokens",
+    )
 
 
 # ---- Measured
@@ -246,29 +256,35 @@ def evaluate_all(
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
     known: Mapping[str, Figures] | None = None,
+    details: bool = True,
 ) -> dict[str, Any]:
-    """Return `figures` and `details` of every set, the test among them, and `files` to write beside the scorecard."""
+    """Return `figures` of every set, the test among them, `details`, and `files` to write beside the scorecard."""
     labels = corpus.labels
-    thresholds = _thresholds(model, labels.names)
-    figures, details, files = {}, {}, {}
+    thresholds = saved_thresholds(model.config, labels.names)
+    figures, found, files = {}, {}, {}
     for name, measured in corpus.sets.items():
         logits = _logits(model, corpus, name, args)
         likely = probabilities(logits, labels.multi)
         predicted = decide(likely, labels.multi, thresholds)
         figures[name] = _figures(logits, corpus, name, thresholds)
-        details[name] = {
+        if not details:
+            continue
+        found[name] = {
             "predicted": predicted.astype(int).tolist(),
             "intervals": bootstrap_intervals(measured.labels, predicted, *_resampled(corpus, recipe)),
             "per_class": per_class_figures(predicted, measured.labels, labels.names, labels.multi),
             "confusion": confusion(predicted, measured.labels, labels.names, labels.multi),
         }
+        if name != "train_sample":
+            shown = (likely, predicted, measured.labels, measured.where, labels.names, labels.multi)
+            files["predictions.jsonl"] = files.get("predictions.jsonl", "") + prediction_lines(name, *shown)
         if name == "validation" and recipe.evaluation.mistakes:
             mistakes = confident_mistakes(
                 likely, measured.labels, measured.texts, measured.pairs, measured.where, labels.names, labels.multi,
                 recipe.evaluation.mistakes, thresholds,
             )  # fmt: skip
             files["mistakes.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mistakes)
-    return {"figures": figures, "details": details, "files": files}
+    return {"figures": figures, "details": found, "files": files}
 
 
 def _logits(
@@ -287,12 +303,6 @@ def _figures(logits: np.ndarray, corpus: LabeledCorpus, name: str, thresholds: n
     labels = corpus.labels
     likely = probabilities(logits, labels.multi)
     return classification_figures(likely, corpus.sets[name].labels, labels.names, labels.multi, thresholds)
-
-
-def _thresholds(model: PreTrainedModel, names: Sequence[str]) -> np.ndarray | None:
-    """Return the thresholds that were tuned for a model, by label; none for one that is not trained yet."""
-    saved = (getattr(model.config, "kit_classifier", None) or {}).get("thresholds")
-    return np.array([saved[name] for name in names]) if saved else None
 
 
 def settle(
@@ -338,18 +348,13 @@ def make_scorecard(
     untrained: Mapping[str, Figures],
 ) -> dict[str, Any]:
     """Return the scorecard, with the baselines and how far the classifier is from TF-IDF on the same rows."""
-    details = {}
-    for name, found in after["details"].items():
-        details[name] = {key: value for key, value in found.items() if key != "predicted"}
-        predicted = before["baselines"].get(name, {}).get("tfidf_logreg", {}).get("predicted")
-        if predicted is not None:
-            pair = (np.array(found["predicted"]), np.array(predicted))
-            details[name]["against_tfidf"] = paired_difference(
-                corpus.sets[name].labels, *pair, *_resampled(corpus, recipe)
-            )
-    baselines = {name: {key: each["figures"] for key, each in of.items()} for name, of in before["baselines"].items()}
+    baselines, labels = before["baselines"]["sets"], {name: of.labels for name, of in corpus.sets.items()}
     return classification_scorecard.make_classification_scorecard(
-        before["figures"], after["figures"], baselines, details
+        before["figures"],
+        after["figures"],
+        {name: {key: each["figures"] for key, each in of.items()} for name, of in baselines.items()},
+        classification_scorecard.with_differences(after["details"], baselines, labels, *_resampled(corpus, recipe)),
+        before["baselines"]["notes"],
     )
 
 
@@ -380,11 +385,11 @@ def sample(
     texts, labels = list(recipe.evaluation.examples), corpus.labels
     if not texts:
         return []
-    thresholds = _thresholds(model, labels.names)
+    thresholds = saved_thresholds(model.config, labels.names)
     shown = []
     was_training = model.training
     model.eval()
-    for encoded in sequence_coding(recipe, tokenizer).encode(texts, None):
+    for encoded in corpus.encode(texts, None):
         batch = {name: t.to(model.device) for name, t in corpus.collate_encoded([encoded]).items()}
         likely = probabilities(model(**batch).logits.double().cpu().numpy(), labels.multi)
         [predicted] = decide(likely, labels.multi, thresholds)

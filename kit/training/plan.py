@@ -59,8 +59,8 @@ def plan_steps(rows: int, args: TrainingArguments, micro_batches: int | None = N
         raise UserError(
             f"the {rows:,} rows of an epoch do not fill one global batch of {rows_per_step:,} "
             f"({args.per_device_train_batch_size} × {args.gradient_accumulation_steps}{processes}); lower "
-            f"`training.gradient_accumulation_steps` or `training.per_device_train_batch_size`, shorten "
-            f"`data.block_size`, or add text"
+            f"`training.gradient_accumulation_steps` or `training.per_device_train_batch_size`, or give more data "
+            f"(of a causal LM, a shorter `data.block_size` makes more rows of it)"
         )
     micro_batches = micro_batches or -(-rows // per_micro_batch)
     steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)

@@ -63,7 +63,6 @@ def build(tmp_path, monkeypatch):
             LabeledDataSection.model_validate({**parts, **data}),
             LabeledEvaluationSection.model_validate(measured),
             with_coding or coding(),
-            0,
         )
 
     return corpus
@@ -140,6 +139,21 @@ def test_sources_of_parts_are_taken_whole_and_leave_the_training_rows(build):
 def test_a_part_with_sources_leaves_the_other_to_the_split(build):
     corpus = build(rows(100), test=rows(6, "t"))
     assert {name: len(s) for name, s in corpus.sets.items()} == {"validation": 10, "train_sample": 90, "test": 6}
+
+
+def test_what_is_split_off_holds_nothing_of_a_test_of_its_own(build):
+    """Validation chooses the model: it is not to have seen the test."""
+    for seed in range(5):
+        corpus = build(rows(40), test=rows(20), split={"seed": seed, "validation": 0.5})
+        assert not set(corpus.sets["validation"].texts) & set(corpus.sets["test"].texts)
+        assert len(corpus.sets["validation"]) == 10
+        assert account(corpus).dropped["also in test"]["rows"] == 20
+
+
+def test_a_part_of_rare_classes_alone_is_an_error(build):
+    rare = [{"text": "once", "label": "rare"}]
+    with pytest.raises(UserError, match=r"test: no row is left \(class of fewer than 2 rows: 1\); lower"):
+        build([*rows(20), {"text": "twice", "label": "rare"}], test=rare, min_rows_per_label=2)
 
 
 def test_validation_in_the_test_is_told(build, capsys):
@@ -296,7 +310,7 @@ def test_second_texts_in_some_rows_alone_are_an_error(build, tmp_path):
     Path("two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(3, "b")))
     data = {"train": [{"path": "one.jsonl", "text_pair_column": "pair"}, {"path": "two.jsonl"}]}
     with pytest.raises(UserError, match=r"one.jsonl:1 has a second text .*two.jsonl:1 has none"):
-        build_labeled_corpus(LabeledDataSection.model_validate(data), LabeledEvaluationSection(), coding(), 0)
+        build_labeled_corpus(LabeledDataSection.model_validate(data), LabeledEvaluationSection(), coding())
 
 
 def test_a_text_without_tokens_is_an_error(build):
@@ -351,6 +365,13 @@ def test_weights_and_seeds_change_the_key_and_nothing_else_does(build):
     for change in ({"balance": "class-weights"}, {"split": {"seed": 1}}, {"augment": {"words": 0.5}},
                    {"label_names": {"ham": "good"}}, {"with_coding": coding(5)}):  # fmt: skip
         assert build(imbalanced(30, 10), **change).key != plain.key
+
+
+def test_the_key_knows_what_the_model_does_not_read(build):
+    """The baselines read whole texts: figures of theirs are not to be taken for those of other data."""
+    first, second = ([{"text": f"{n} the same {end}", "label": "ab"[n % 2]} for n in range(40)] for end in "xy")
+    keys = {build(given, with_coding=coding(6), test=[{"text": "t", "label": "a"}]).key for given in (first, second)}
+    assert len(keys) == 2
 
 
 def test_noise_adds_copies_of_training_rows_and_touches_no_set(build):
@@ -416,7 +437,8 @@ def test_truncation_is_counted_by_part(build, capsys):
         assert ledger.longest == (uncut.max(), 10)
         assert (measured.rows.lengths == 10).all()
     corpus.report()
-    assert capsys.readouterr().out.count("rows are cut (`data.max_length: 10`)") == 4
+    # The rows of the sample are told of with the training part, of which they are.
+    assert capsys.readouterr().out.count("rows are cut (`data.max_length: 10`)") == 3
 
 
 def test_the_row_for_a_process_without_one_weighs_nothing(build):
@@ -504,7 +526,7 @@ SMS = {"path": str(DATA / "sms_spam" / "SMSSpamCollection"), "format": "tsv", "c
 
 def of_files(source, **data):
     section = LabeledDataSection.model_validate({"train": [source], **data})
-    return build_labeled_corpus(section, LabeledEvaluationSection(), coding(), 0)
+    return build_labeled_corpus(section, LabeledEvaluationSection(), coding())
 
 
 def plain_sms():

@@ -560,3 +560,11 @@ def test_pubmedqa_sections_have_their_abstract_as_group():
         (row["text"], (row["label"],), str(row["pmid"])) for row in expected
     ]
     assert len({row.group for row in rows}) == 1000
+
+
+def test_a_tab_that_begins_late_in_label_text_lines_is_refused(tmp_path):
+    path = tmp_path / "late.txt"
+    path.write_text("".join(f"ham text {n}\n" for n in range(120)) + "spam\tlate tab text\n")
+    assert refusal(path).startswith(f"{path}:121: a tab in `spam\tlate tab text`, where lines before have a space")
+    path.write_text("ham text\nspam text with a\ttab\n" * 80)
+    assert "tab" in refusal(path)  # of the first lines only half hold one

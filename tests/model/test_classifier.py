@@ -16,7 +16,6 @@ from kit.model.adapter import add_adapter, describe_adapter
 from kit.model.adapter_files import Adapter, base_facts, load_adapter, merge_adapter
 from kit.model.classifier import (
     check_classifier,
-    classifier_key,
     classifier_positions,
     fold_temperature,
     load_classifier,
@@ -395,18 +394,6 @@ def test_a_causal_lm_with_new_tokens_becomes_a_classifier_with_all_its_rows(fold
     model, _ = load_classifier(section_of(tmp_path), saved, NAMES, False, 0)
     assert torch.equal(model.get_input_embeddings().weight, lm.get_input_embeddings().weight)
     assert model.config.pad_token_id == extended.convert_tokens_to_ids("<|x|>") >= 320
-
-
-def test_the_key_of_the_weights_knows_seed_and_labels(folders):
-    section = section_of(folders("gpt2"))
-    keys = [
-        classifier_key(section, names, multi, seed)
-        for names in (NAMES, NAMES[:2])
-        for multi in (0, 1)
-        for seed in (0, 1)
-    ]
-    assert len(set(keys)) == 8
-    assert classifier_key(section, list(NAMES), False, 0) == classifier_key(section, NAMES, False, 0)
 
 
 # ---- saved, calibrated, and used without the kit

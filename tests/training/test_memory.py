@@ -169,7 +169,7 @@ def out_of_memory_at(place, error, rank=0):
     if place == "step 2":
         causal_lm.loss_sum = fail_in(causal_lm.loss_sum, 2)
     elif place == "measure before":
-        run.Run.measure_all = fail_in(run.Run.measure_all, 1)
+        run.Run.measure = fail_in(run.Run.measure, 1)
     else:
         causal_lm.load_model = fail_in(causal_lm.load_model, 1)
 

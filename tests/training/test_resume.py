@@ -105,7 +105,7 @@ CASES = [
     (1, Fault(EXPORT, 1, signal.SIGKILL), {}),
     (1, Fault(EXPORT, 1, signal.SIGKILL), STOPPED_EARLY),
     (1, Fault(EVALUATION, 1, signal.SIGTERM), STOPPED_EARLY),
-    (1, Fault("kit.run:Run.measure_all", 2, signal.SIGTERM), UNMEASURED),
+    (1, Fault("kit.run:Run.measure_all", 1, signal.SIGTERM), UNMEASURED),
     (2, Fault(STEP, 13, signal.SIGKILL, rank=1), {}),
     (2, Fault(STEP, 13, signal.SIGTERM, rank=1), {}),
     (2, Fault(EVALUATION, 2, signal.SIGTERM, rank=0), {}),
