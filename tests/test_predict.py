@@ -192,7 +192,7 @@ def test_columns_templates_and_pairs_are_read_as_in_training(rows_of, tmp_path):
     paired = save_classifier(tmp_path / "b", "bert", text_column="title", text_pair_column="body", max_length=60)
     expect(rows_of(paired, file), [{"text": row["title"], "text_pair": row["body"]} for row in rows], paired)
     message = refusal(paired, write_jsonl(tmp_path / "c.jsonl", [{"title": "a", "bodi": "b"}]))
-    assert "no column `body` (`text_pair_column`)" in message
+    assert "no column `body` (`--text-pair-column`)" in message
     assert "did you mean `bodi`" in message
     (tmp_path / "lines.txt").write_text("a\n")
     assert "says nothing about lines.txt, which is text" in refusal(paired, tmp_path / "lines.txt")
