@@ -11,7 +11,7 @@ from kit.model.configuration import CLASSIFIER
 from kit.model.loading import load_causal_lm, stored_kind
 from kit.model.tokenizer import load_tokenizer
 from kit.recipe.models import ModelSection
-from kit.training.run_directory import RunDirectory
+from kit.training.run_directory import model_of
 
 
 def generate(
@@ -25,11 +25,7 @@ def generate(
     if max_length is not None and max_new_tokens is not None:
         raise UserError("--max-length counts the prompt's tokens and --max-new-tokens does not: give one of them")
     quiet_libraries()
-    directory = RunDirectory(model)
-    if directory.path.is_dir() and directory.model.is_dir():
-        model = str(directory.model)
-    elif directory.recipe.is_file():
-        raise UserError(f"{model}: the run has no model/ yet; it is written when training ends")
+    model = model_of(model)
     section = ModelSection(name_or_path=model, revision=revision)
     tokenizer = load_tokenizer(section, Path(), lambda: (), lambda: "")
     if stored_kind(section) is CLASSIFIER:

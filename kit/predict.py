@@ -37,7 +37,7 @@ from kit.model.sequence_encoding import prepare_for_pipeline, sequence_encoder
 from kit.model.tokenizer import load_tokenizer
 from kit.recipe.classification import LabeledSource
 from kit.recipe.models import ModelSection
-from kit.training.run_directory import RunDirectory
+from kit.training.run_directory import model_of
 
 PREDICTED, PROBABILITY = "predicted_label", "probability_"
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
@@ -103,11 +103,7 @@ def _as_option(key: re.Match[str]) -> str:
 
 
 def _find_model(model: str, revision: str | None) -> tuple[ModelSection, PreTrainedConfig]:
-    directory = RunDirectory(model)
-    if directory.path.is_dir() and directory.model.is_dir():
-        model = str(directory.model)
-    elif directory.recipe.is_file():
-        raise UserError(f"{model}: the run has no model/ yet; it is written when training ends")
+    model = model_of(model)
     section = ModelSection(name_or_path=model, revision=revision)
     if stored_kind(section) is not CLASSIFIER:
         raise UserError(

@@ -240,3 +240,17 @@ def _now() -> str:
 def exit_code(status: str) -> int:
     """Return the exit code that goes with a status: what `kit train` itself would have ended with."""
     return {"done": 0, "user-error": 2, "preempted": 143, "interrupted": 130}.get(status, 1)
+
+
+def model_of(target: str) -> str:
+    """Return the model that a run directory holds; anything else, a model folder or a name on the Hub, as it is.
+
+    Raises:
+        UserError: the run has not written its model yet.
+    """
+    directory = RunDirectory(target)
+    if directory.path.is_dir() and directory.model.is_dir():
+        return str(directory.model)
+    if directory.recipe.is_file():
+        raise UserError(f"{target}: the run has no model/ yet; it is written when training ends")
+    return target
