@@ -110,22 +110,43 @@ def _encode_in_processes(
                 under_way.append(pool.submit(_encode_in_worker, batch))
                 workers.update(pool._processes or {})
                 if len(under_way) > 2 * num_proc:
-                    yield under_way.popleft().result()
+                    yield _result(under_way.popleft(), workers)
             while under_way:
-                yield under_way.popleft().result()
+                yield _result(under_way.popleft(), workers)
         except BrokenProcessPool:
-            if not _was_killed(workers.values()):
+            killed = _was_killed(workers.values())
+            _end(pool, workers)
+            if not killed:
                 raise
             raise UserError(
                 "a process that tokenises was killed, as the system does where memory runs out; lower `data.num_proc`"
             ) from None
         except BaseException:
-            # Nothing of theirs is wanted any more. Asked to end, a worker might wait for a lock that one held whom a
-            # signal has killed, and the thread that feeds them for room in a pipe that nobody reads.
-            for worker in workers.values():
-                worker.kill()
-            pool._call_queue.cancel_join_thread()
+            _end(pool, workers)
             raise
+
+
+def _result(future: Future[EncodedBatch], workers: dict[int, BaseProcess]) -> EncodedBatch:
+    """Wait for a result for as long as all workers live; the pool itself waits on for one that died while it sent."""
+    while True:
+        try:
+            return future.result(timeout=_PATIENCE_S)
+        except TimeoutError:
+            if any(worker.exitcode is not None for worker in workers.values()) and not future.done():
+                raise BrokenProcessPool("a worker died in the midst of its result") from None
+
+
+def _end(pool: ProcessPoolExecutor, workers: dict[int, BaseProcess]) -> None:
+    """End workers of whom nothing is wanted any more, so that leaving the pool does not wait for anything of theirs.
+
+    Asked to end, a worker might wait for a lock that one held whom a signal has killed, the thread that feeds them for
+    room in a pipe that nobody reads, and the thread that reads from them for the rest of a result.
+    """
+    for worker in workers.values():
+        worker.kill()
+    pool._call_queue.cancel_join_thread()
+    # With the workers' ends gone and this one closed, that rest is the end of the file.
+    pool._result_queue._writer.close()
 
 
 def _was_killed(workers: Iterable[BaseProcess]) -> bool:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 
 
 def encode_characters(texts):
@@ -35,4 +36,19 @@ def encode_slowly(texts):
         with open(os.path.join(folder, str(os.getpid())), "w"):
             pass
     time.sleep(60)
+    return encode_characters(texts)
+
+
+def encode_and_die_while_sending(texts):
+    """Encode, but where a text is `kill` end this process once half of a result is in the pipe, whoever else lives."""
+    if "kill" in texts:
+        send = Connection._send
+
+        def send_half(connection, buffer, *rest):
+            if len(buffer) < 10_000:
+                return send(connection, buffer, *rest)
+            send(connection, bytes(buffer)[: len(buffer) // 2], *rest)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = send_half
     return encode_characters(texts)

@@ -17,7 +17,13 @@ from kit.data.columns import LeftOut
 from kit.data.store import open_store
 from kit.data.tokenising import encode_documents
 from kit.errors import UserError
-from tests.data.encoders import encode_and_fail, encode_and_kill, encode_characters, encode_elsewhere
+from tests.data.encoders import (
+    encode_and_die_while_sending,
+    encode_and_fail,
+    encode_and_kill,
+    encode_characters,
+    encode_elsewhere,
+)
 from tests.material import documents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +106,26 @@ def test_a_worker_that_is_killed_is_told_and_leaves_no_store(tmp_path, small):
     with pytest.raises(UserError, match=r"was killed.*lower `data.num_proc`"):
         open_store(tmp_path, "n", "c", "t", lambda: texts, encode_and_kill, 0, 256, num_proc=2)
     assert [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()] == []
+    assert _only_trackers()
+
+
+def test_a_worker_that_is_killed_while_it_sends_is_told(small, monkeypatch):
+    """Python's pool waits for the rest of the result for ever."""
+    monkeypatch.setattr(tokenising, "_PATIENCE_S", 0.5)
+    texts = ["x" * 600] * 5 + ["kill", "x" * 6_000] + ["x" * 600] * 5
+    with pytest.raises(UserError, match=r"was killed.*lower `data.num_proc`"):
+        list(encode_documents(texts, encode_and_die_while_sending, 0, "uint64", 2))
+    assert _only_trackers()
+
+
+def test_leaving_does_not_wait_for_the_rest_of_a_result(small):
+    """So it is where a signal to the whole group ends the workers as they send."""
+    texts = ["x" * 600] * 2 + ["kill", "x" * 6_000] + ["x" * 600] * 20
+    batches = encode_documents(texts, encode_and_die_while_sending, 0, "uint64", 2)
+    next(batches)
+    next(batches)
+    time.sleep(3)
+    batches.close()
     assert _only_trackers()
 
 
