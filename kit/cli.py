@@ -289,7 +289,7 @@ def _run() -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _complain("interrupted; the same command goes on from the last checkpoint")
+        _complain("interrupted; the same command starts again, `kit train` from its last checkpoint")
         return 130
     except BaseException as error:
         # Preempted and click's errors are recognised by name: importing their modules here would slow `--help` down.

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -126,3 +127,5 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # Trainer's notice, of a class that the kit does not use: the task smooths labels itself, several of a row too.
+    warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")

@@ -1,6 +1,6 @@
 """An untrained causal LM as a classifier: how likely each label's words are after a question."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ def zero_shot(
     positions: int,
     max_positions: int,
     context_token_id: int,
-    poll: Callable[[], None] = lambda: None,
     name: str = "",
 ) -> np.ndarray:
     """Return ln p of each label's words after the prompt: float64 (texts, classes), whole on every process.
@@ -39,7 +38,6 @@ def zero_shot(
         positions: that the model reads at most: of context token, prompt and words, without their last token.
         max_positions: a batch holds at most so many, padding included, but always one row.
         context_token_id: BOS where the tokenizer has one, else EOS; comes first.
-        poll: called between batches, on all processes equally often; may raise to interrupt.
         name: of the texts, for progress and messages.
 
     Raises:
@@ -63,7 +61,7 @@ def zero_shot(
     columns = len(answers) if len(heads) == 1 else 1
     lengths = np.array([len(before) + len(head) for before, head in rows], dtype=np.int64)
     description = f"asking for labels of {name}" if name else "asking for labels"
-    scores = score_in_batches(model, lengths, columns, score, max_positions, description, poll)
+    scores = score_in_batches(model, lengths, columns, score, max_positions, description)
     return scores.reshape(len(texts), len(names))
 
 

@@ -274,6 +274,8 @@ def _labels(model: PreTrainedModel) -> dict[str, str]:
     """Return the part of each parameter, by which it is listed."""
     labels = {name: "new tokens" if is_new_rows(name) else "others" for name, _ in model.named_parameters()}
     adapter = dict.fromkeys(adapter_names(model), "adapter")
+    # What peft keeps of a module whose copy trains: it is neither used nor saved.
+    adapter |= {name: "replaced by the adapter" for name in labels if "original_module" in name.split(".")}
     try:
         parts, blocks = find_parts(model), block_parameters(model)
     except UserError:  # an architecture that does not tell its parts is frozen by patterns
