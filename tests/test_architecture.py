@@ -14,10 +14,10 @@ FILES = sorted(KIT.rglob("*.py"))
 # From the bottom up; a module may import from its own room and from lower layers. Rooms of one layer stay apart.
 LAYERS = [
     ["errors"],
-    ["console", "files"],
+    ["console", "files", "names"],
     ["network"],
     ["recipe"],
-    ["data", "model", "evaluation", "tracking"],
+    ["data", "model", "evaluation", "tracking", "checkpoints"],
     ["tasks"],
     ["training"],
     ["run", "generate", "predict", "merge", "environment"],

@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from kit.console import warn
 from kit.errors import UserError, suggest
 from kit.model.configuration import CAUSAL_LM, CLASSIFIER
-from kit.model.headers import fold_names
 from kit.model.heads import head_modules, is_classifier
 from kit.model.new_rows import is_new_rows, train_new_rows
 from kit.model.parts import adapter_names, transformer_blocks
 from kit.model.quantization import number_of_values
+from kit.names import fold_names
 from kit.recipe.adapter import PEFT_ERRORS, AdapterSection, check_adapter, peft_reason
 
 # They are defined on certain layers, which peft knows per architecture.

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kit.model.headers import StoredTensor, natural_key
+from kit.model.headers import StoredTensor
+from kit.names import natural_key
 
 
 @dataclass

@@ -1,8 +1,6 @@
 """The tensors that safetensors files hold, from their headers: a folder's, or a Hub model's without downloading it."""
 
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +14,12 @@ from kit.console import warn
 from kit.errors import UserError
 from kit.files import read_json
 from kit.model.hub import check_weights, from_hub, is_adapter
+from kit.names import fold_names
 from kit.network import why_offline
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 _DTYPES |= {"F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
-_MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -123,36 +121,3 @@ def read_tensor(model: str, revision: str | None, tensor: StoredTensor) -> torch
             path = hf_hub_download(model, tensor.file, revision=revision, **options)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(tensor.name)
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key that puts h.2 before h.10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def fold_names(names: Iterable[str]) -> str:
-    """Return names as one line; those that differ in one number become one, `h.{0–11}.attn.bias`."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(names, key=natural_key):
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")[1:-1], []).append(name)
-    items = []
-    for template, alike in groups.items():
-        if template.count("*") == 1 and len(alike) > 1:
-            at = template.split(".").index("*")
-            items.append(template.replace("*", number_ranges(name.split(".")[at] for name in alike)))
-        else:
-            items.append(alike[0] if len(alike) == 1 else f"{template} ({len(alike):,} of them)")
-    more = f", and {len(items) - _MOST_LISTED:,} more" if len(items) > _MOST_LISTED else ""
-    return ", ".join(items[:_MOST_LISTED]) + more
-
-
-def number_ranges(numbers: Iterable[str]) -> str:
-    """Return numbers as runs: `{1–11}`, `{0,2,4–6}`, or the only one as it is."""
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and runs[-1][-1] + 1 == number:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number, number])
-    text = ",".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
-    return text if text.isdigit() else f"{{{text}}}"

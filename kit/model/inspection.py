@@ -16,9 +16,10 @@ from kit.console import quiet_libraries, say, table, warn
 from kit.errors import UserError, did_you_mean
 from kit.files import read_json
 from kit.model.architecture import Architecture, build_architecture, in_order
-from kit.model.headers import StoredTensor, fold_names, number_ranges, read_headers, read_tensor
+from kit.model.headers import StoredTensor, read_headers, read_tensor
 from kit.model.hub import expand, from_hub, is_adapter
 from kit.model.tokenizer import lacks_tokenizer
+from kit.names import fold_names, number_ranges
 
 # What changes how a model computes and is easily overlooked; shown where it is set.
 _NOTABLE = """attn_logit_softcapping final_logit_softcapping sliding_window attention_chunk_size query_pre_attn_scalar

@@ -1,0 +1,216 @@
+"""From a layout to Hugging Face's and back, a tensor at a time; whatever does not fit the table is named."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from kit.checkpoints.checkpoint import Checkpoint, LazyTensor, computed
+from kit.checkpoints.layout import Layout, Line, Settings, expand, is_buffer
+from kit.checkpoints.layouts import huggingface
+from kit.errors import UserError, suggest
+from kit.names import fold_names
+
+
+@dataclass
+class Report:
+    """What a conversion did beside renaming.
+
+    Attributes:
+        notes: what was chosen, in words.
+        buffers: names that hold no weight and were left out.
+        allowed: names of tensors that do not fit and were let pass by a pattern, with what became of them.
+        zeros: biases that one side does not have.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+    allowed: dict[str, str] = field(default_factory=dict)
+    zeros: list[str] = field(default_factory=list)
+
+
+def to_hf(
+    checkpoint: Checkpoint, layout: Layout, given: Mapping[str, Any], allow: Sequence[str] = ()
+) -> tuple[dict[str, LazyTensor], PreTrainedConfig, Settings, Report]:
+    """Return a checkpoint's tensors as Hugging Face has them, its configuration, the layout's settings, and a report.
+
+    Args:
+        checkpoint: of the layout.
+        layout: a module of `kit.checkpoints.layouts`, other than Hugging Face's.
+        given: settings that the user gives.
+        allow: regular expressions that match in full what may be missing (zeros then) or more than the layout has.
+
+    Raises:
+        UserError: the settings are not known or disagree, or tensors are missing, unknown or mis-shaped; all are named.
+    """
+    settings, notes = layout.read_settings(checkpoint, given)
+    config = layout.make_config(settings)
+    report = Report([*checkpoint.notes, *notes])
+    shapes, dtype = huggingface.expected_shapes(config), _most_common_dtype(checkpoint.tensors.values())
+    found: dict[str, LazyTensor] = {}
+    missing, misshaped, used = [], [], set()
+    for line, hf, own in expand(layout.TABLE, settings["n_layer"]):
+        used |= set(own)
+        absent = [name for name in own if name not in checkpoint.tensors]
+        if line.head and config.tie_word_embeddings:
+            continue  # `read_settings` has seen that it is the embeddings
+        if len(absent) == len(own) and line.switch and not settings[line.switch]:
+            found[hf] = _zeros(shapes[hf], dtype)
+            report.zeros.append(hf)
+        elif absent and all(_is_allowed(name, allow) for name in absent):
+            found[hf] = _zeros(shapes[hf], dtype)
+            report.allowed |= dict.fromkeys(absent, f"missing: `{hf}` is zeros")
+        elif absent:
+            missing += absent
+        else:
+            sources = [checkpoint.tensors[name] for name in own]
+            try:
+                made = _turned(line, config, sources)
+            except (RuntimeError, IndexError):  # sizes that cannot even be joined
+                made = None
+            if made is None or made.shape != shapes[hf]:
+                shape = made.shape if made else None
+                misshaped.append(_told(own, [each.shape for each in sources], hf, shape, shapes[hf]))
+            else:
+                found[hf] = made
+    extra = []
+    for name in checkpoint.tensors:
+        if name in used:
+            continue
+        if is_buffer(layout, name):
+            report.buffers.append(name)
+        elif _is_allowed(name, allow):
+            report.allowed[name] = "left out: the layout has no such tensor"
+        else:
+            extra.append(name)
+    _complain(checkpoint, layout.NAME, missing, extra, misshaped, used)
+    config.dtype = dtype
+    return {name: found[name] for name in shapes if name in found}, config, settings, report
+
+
+def from_hf(
+    tensors: Mapping[str, LazyTensor],
+    config: PreTrainedConfig,
+    layout: Layout,
+    given: Mapping[str, Any],
+    allow: Sequence[str] = (),
+) -> tuple[dict[str, LazyTensor], Settings, Report]:
+    """Return Hugging Face's tensors as a layout has them, what its file says beside them, and a report.
+
+    A switch of the layout, such as `bias`, is off where all that hangs on it is zero, unless it is given.
+
+    Raises:
+        UserError: the layout cannot hold such a model; tensors are missing, unknown or mis-shaped.
+    """
+    if config.model_type != layout.MODEL_TYPE:
+        raise UserError(f"the layout {layout.NAME} holds {layout.MODEL_TYPE}; the model is {config.model_type}")
+    report = Report()
+    lines = expand(layout.TABLE, config.num_hidden_layers)
+    switches = _switches(lines, tensors, given)
+    settings = layout.own_settings(config, switches)
+    shapes = huggingface.expected_shapes(config)
+    found: dict[str, LazyTensor] = {}
+    missing, misshaped, used = [], [], set()
+    for line, hf, own in lines:
+        used.add(hf)
+        source = tensors.get(hf)
+        if line.head and config.tie_word_embeddings:
+            if not layout.KEEPS_TIED_HEAD:
+                continue
+            source = tensors.get(huggingface.embeddings_name(config))
+        if line.switch and not switches[line.switch]:
+            report.zeros.append(hf)
+            continue
+        if source is None:
+            if not _is_allowed(hf, allow):
+                missing.append(hf)
+            continue
+        if hf in shapes and source.shape != shapes[hf]:
+            misshaped.append(f"`{hf}` {source.shape}, expected {shapes[hf]}")
+            continue
+        for position, name in enumerate(own):
+            found[name] = computed(lambda t, line=line, at=position: line.turn.to_own(t, config)[at], [source])
+    extra = []
+    for name in tensors:
+        if name in used:
+            continue
+        if is_buffer(huggingface, name):
+            report.buffers.append(name)
+        elif _is_allowed(name, allow):
+            report.allowed[name] = "left out: the layout has no such tensor"
+        else:
+            extra.append(name)
+    _complain(None, layout.NAME, missing, extra, misshaped, used)
+    return found, settings, report
+
+
+def _turned(line: Line, config: PreTrainedConfig, own: list[LazyTensor]) -> LazyTensor:
+    return computed(lambda *tensors: line.turn.to_hf(list(tensors), config), own)
+
+
+def _switches(
+    lines: list[tuple[Line, str, tuple[str, ...]]], tensors: Mapping[str, LazyTensor], given: Mapping[str, Any]
+) -> dict[str, bool]:
+    switches = {line.switch: False for line, _, _ in lines if line.switch}
+    for line, hf, _ in lines:
+        if line.switch and not switches[line.switch] and hf in tensors:
+            switches[line.switch] = bool(tensors[hf].read().any())
+    for name in switches.keys() & given.keys():
+        if switches[name] and not given[name]:
+            raise UserError(f"--set {name}={given[name]}: the model has biases there that are not zero")
+        switches[name] = bool(given[name])
+    return switches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
+def _most_common_dtype(tensors: Iterable[LazyTensor]) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def _is_allowed(name: str, allow: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in allow)
+
+
+def _told(
+    own: tuple[str, ...],
+    shapes: list[tuple[int, ...]],
+    hf: str,
+    made: tuple[int, ...] | None,
+    expected: tuple[int, ...],
+) -> str:
+    named = ", ".join(f"`{name}` {shape}" for name, shape in zip(own, shapes, strict=True))
+    turned = " (turned: as Conv1D holds it, not Linear, or the other way?)" if made == expected[::-1] else ""
+    return f"{named}: `{hf}` would be {made or 'nothing'}{turned}, expected {expected}"
+
+
+def _complain(
+    checkpoint: Checkpoint | None,
+    layout: str,
+    missing: list[str],
+    extra: list[str],
+    misshaped: list[str],
+    known: set[str],
+) -> None:
+    faults = []
+    if missing:
+        faults.append(f"missing: {fold_names(missing)}")
+    if extra:
+        near = suggest(extra[0], missing or known) if len(extra) <= len(known) else ""
+        faults.append(f"not in the layout: {fold_names(extra)}{near}")
+    if misshaped:
+        more = f"; and {len(misshaped) - 6:,} more" if len(misshaped) > 6 else ""
+        faults.append(f"of another shape: {'; '.join(misshaped[:6])}{more}")
+    if faults:
+        where = f"{checkpoint.path}: " if checkpoint else ""
+        allow = "; --allow PATTERN lets tensors pass that may be missing or too many" if missing or extra else ""
+        raise UserError(f"{where}does not fit the layout {layout}: {'. '.join(faults)}{allow}")

@@ -1,0 +1,1 @@
+"""File formats: named tensors in files, whatever they are called, read one at a time."""

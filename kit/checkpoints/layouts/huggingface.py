@@ -1,0 +1,78 @@
+"""Hugging Face's own layout: a model folder with config.json, or its bare tensors beside one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from kit.checkpoints.checkpoint import Checkpoint, LazyTensor
+from kit.errors import UserError
+
+NAME = "hf"
+ABOUT = "Hugging Face's model folder: config.json, model.safetensors, tokenizer."
+# Constants that older versions wrote beside the weights.
+BUFFERS = (r".*\.attn\.(bias|masked_bias)", r".*rotary_emb\.inv_freq")
+SUFFIXES = ("",)
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return every tensor that a model of this configuration is saved with; a tied head is no tensor of its own."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def read_config(checkpoint: Checkpoint, given: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the configuration that lies beside the tensors.
+
+    Raises:
+        UserError: there is none, or what is given disagrees with it.
+    """
+    stored = checkpoint.settings.get("config")
+    if stored is None:
+        raise UserError(f"{checkpoint.path}: no config.json beside it; expected Hugging Face's model folder")
+    for name, value in given.items():
+        if stored.get(name, value) != value:
+            raise UserError(f"{checkpoint.path}: --set says {name} {value}, config.json {stored[name]}")
+    stored = {**stored, **given}
+    return AutoConfig.for_model(stored.pop("model_type"), **stored)
+
+
+def rename(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return a checkpoint's tensors under the names that a whole model has, and notes.
+
+    A file of the bare model without its head (`wte.weight`) is one of the whole model (`transformer.wte.weight`).
+    """
+    expected = expected_shapes(config)
+    if any(name in expected for name in checkpoint.tensors):
+        return dict(checkpoint.tensors), []
+    prefix = f"{_prefix(config)}."
+    renamed = {name if name in expected else prefix + name: tensor for name, tensor in checkpoint.tensors.items()}
+    return renamed, [f"names begin with `{prefix}` in the whole model"]
+
+
+def _prefix(config: PreTrainedConfig) -> str:
+    return _model_class(config).base_model_prefix
+
+
+def _model_class(config: PreTrainedConfig) -> type:
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+@torch.no_grad()
+def logits_of_folder(folder: Path, input_ids: Tensor) -> Tensor:
+    """Return the logits of a model folder as `from_pretrained` loads it, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()(input_ids=input_ids, use_cache=False).logits
+
+
+def embeddings_name(config: PreTrainedConfig) -> str:
+    """Return the name of the input embeddings, which a tied head is."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weight = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)
