@@ -65,11 +65,11 @@ def data_of(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], list
         train, test = (
             [{"path": f"{options.trec}/TREC.{part}.all", "encoding": "latin-1"}] for part in ("train", "test")
         )
-        found["trec"] = {"train": train, "test": test}, ["full"], 6
+        found["trec"] = {"train": train, "test": test}, ["full", "adapted, full"], 4
     if options.sections:
         names = {name: role for role, names in ROLES.items() for name in names}
         data = {"train": [{"path": options.sections, "group_column": "pmid"}], "min_rows_per_label": 200}
-        found["sections"] = {**data, "label_names": names, "truncation": "head+tail", "max_length": 256}, ["full"], 4
+        found["sections"] = {**data, "label_names": names, "truncation": "head+tail", "max_length": 256}, ["full"], 3
     if options.citations:
         parts = {"train": "train", "validation": "dev", "test": "test"}
         found["citations"] = (

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kit.model_commands import COMMANDS
+
 app = typer.Typer(
     help="Adapt pretrained Hugging Face models to a domain, driven by YAML recipes.",
     no_args_is_help=True,
@@ -185,29 +187,35 @@ def mine(
 
 
 @app.command()
-def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or a folder with an adapter.")],
+def interpolate(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that training began with.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What it became: a run directory or a model.")],
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    alphas: Annotated[str, typer.Option(help="Shares of TUNED, as from:to:step or a list.")] = "0:1:0.1",
+    limit: Annotated[float | None, typer.Option(help="What the general set may lose, in its unit.")] = None,
+    domain: Annotated[str | None, typer.Option(metavar="SET", help="The set to be good at.")] = None,
+    general: Annotated[str | None, typer.Option(metavar="SET", help="The set to keep.")] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="The folder to write; else `merged` in the run directory.")
+        str | None, typer.Option("--output", "-o", help="The folder; else `interpolated` in TUNED's run.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:
-    """Merge a run's adapter into its base model: a plain model, with the same logits."""
-    from kit.merge import merge as merge_run
+    """Measure averages of two models' weights on a recipe's sets, and save the best that keeps general text."""
+    from kit.interpolate import interpolate as interpolate_models
 
-    merge_run(run, output)
-
-
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a run directory or a Hub model.")],
-    values: Annotated[str | None, typer.Option(metavar="NAME", help="Show the values of this tensor instead.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="Print a row for every tensor, alike or not.")] = False,
-) -> None:
-    """Show a model's architecture, tensors and tokenizer; its weights are not loaded."""
-    from kit.model.inspection import inspect_model
-
-    inspect_model(model, revision=revision, values=values, show_all=show_all)
+    interpolate_models(
+        base,
+        tuned,
+        recipe,
+        overrides or [],
+        alphas=alphas,
+        limit=limit,
+        domain=domain,
+        general=general,
+        output=output,
+        overwrite=overwrite,
+    )
 
 
 @app.command()
@@ -261,6 +269,10 @@ def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
     raise typer.Exit(exit_code(found))
 
 
+for _command in COMMANDS:
+    app.command()(_command)
+
+
 def main() -> None:
     """Run a command; exit with 0 (done), 1 (our fault), 2 (the user's mistake) or 143 (preempted, start again)."""
     code = _run()
@@ -288,6 +300,8 @@ def _run() -> int:
         return 2
     except typer.Exit as stop:
         return stop.exit_code
+    except SystemExit as end:  # rich's, where whoever reads standard output has seen enough
+        return int(end.code or 0)
     except (typer.Abort, KeyboardInterrupt):
         _complain("interrupted; the same command starts again, `kit train` from its last checkpoint")
         return 130

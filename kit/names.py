@@ -18,9 +18,11 @@ def fold_names(names: Iterable[str]) -> str:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")[1:-1], []).append(name)
     items = []
     for template, alike in groups.items():
-        if template.count("*") == 1 and len(alike) > 1:
-            at = template.split(".").index("*")
-            items.append(template.replace("*", number_ranges(name.split(".")[at] for name in alike)))
+        parts = [name.split(".") for name in alike]
+        vary = [at for at in range(len(parts[0])) if len({name[at] for name in parts}) > 1]
+        if len(vary) == 1:
+            [at] = vary
+            items.append(".".join([*parts[0][:at], number_ranges(name[at] for name in parts), *parts[0][at + 1 :]]))
         else:
             items.append(alike[0] if len(alike) == 1 else f"{template} ({len(alike):,} of them)")
     more = f", and {len(items) - _MOST_LISTED:,} more" if len(items) > _MOST_LISTED else ""

@@ -20,8 +20,9 @@ LAYERS = [
     ["data", "model", "evaluation", "tracking", "checkpoints"],
     ["tasks"],
     ["training"],
-    ["run", "generate", "predict", "merge", "environment"],
-    ["check", "vocabulary"],
+    ["run", "generate", "predict", "merge", "convert", "verify", "export", "environment"],
+    ["check", "vocabulary", "interpolate"],
+    ["model_commands"],
     ["cli"],
     ["__main__"],
 ]
@@ -80,8 +81,8 @@ def test_files_and_functions_are_short():
 
 def test_commands_change_deliberately():
     assert {command.callback.__name__ for command in app.registered_commands} == {
-        "train", "check", "prepare", "evaluate", "generate", "predict", "merge", "inspect", "schema", "recipes", "env",
-        "status",
+        "train", "check", "prepare", "evaluate", "generate", "predict", "merge", "convert", "verify", "interpolate",
+        "export", "inspect", "schema", "recipes", "env", "status",
     }  # fmt: skip
     groups = {group.name: group.typer_instance.registered_commands for group in app.registered_groups}
     assert {name: [command.callback.__name__ for command in commands] for name, commands in groups.items()} == {

@@ -24,9 +24,14 @@ class LazyTensor:
     read: Callable[[], torch.Tensor]
 
     @property
+    def parameters(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.parameters * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

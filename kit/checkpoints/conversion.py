@@ -14,6 +14,8 @@ from kit.checkpoints.layouts import huggingface
 from kit.errors import UserError, suggest
 from kit.names import fold_names
 
+_MOST = 3  # tensors of another shape are told one by one
+
 
 @dataclass
 class Report:
@@ -76,19 +78,44 @@ def to_hf(
                 misshaped.append(_told(own, [each.shape for each in sources], hf, shape, shapes[hf]))
             else:
                 found[hf] = made
-    extra = []
-    for name in checkpoint.tensors:
-        if name in used:
-            continue
-        if is_buffer(layout, name):
-            report.buffers.append(name)
-        elif _is_allowed(name, allow):
-            report.allowed[name] = "left out: the layout has no such tensor"
-        else:
-            extra.append(name)
+    extra = _sort_out([name for name in checkpoint.tensors if name not in used], layout, allow, report)
     _complain(checkpoint, layout.NAME, missing, extra, misshaped, used)
     config.dtype = dtype
     return {name: found[name] for name in shapes if name in found}, config, settings, report
+
+
+def read_hf(
+    checkpoint: Checkpoint, given: Mapping[str, Any], allow: Sequence[str] = ()
+) -> tuple[dict[str, LazyTensor], PreTrainedConfig, Report]:
+    """Return the tensors of a checkpoint in Hugging Face's layout, its configuration, and a report.
+
+    Raises:
+        UserError: there is no configuration, or the tensors are not those that it describes; all are named.
+    """
+    config = huggingface.read_config(checkpoint, given)
+    tensors, notes = huggingface.rename(checkpoint, config)
+    report, shapes = Report([*checkpoint.notes, *notes]), huggingface.expected_shapes(config)
+    missing = [name for name in shapes if name not in tensors]
+    misshaped = [
+        f"`{name}` {tensors[name].shape}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    heads = huggingface.tied_names(config)
+    for name in heads & tensors.keys():
+        if not torch.equal(tensors[name].read(), tensors[huggingface.embeddings_name(config)].read()):
+            misshaped.append(f"`{name}` is not the embeddings, to which config.json ties it")
+    extra = _sort_out(
+        [name for name in tensors if name not in shapes and name not in heads], huggingface, allow, report
+    )
+    dtype = _most_common_dtype(checkpoint.tensors.values())
+    for name in [name for name in missing if _is_allowed(name, allow)]:
+        missing.remove(name)
+        tensors[name] = _zeros(shapes[name], dtype)
+        report.allowed[name] = "missing: zeros"
+    _complain(checkpoint, huggingface.NAME, missing, extra, misshaped, set(shapes))
+    config.dtype = dtype
+    return {name: tensors[name] for name in shapes}, config, report
 
 
 def from_hf(
@@ -120,7 +147,10 @@ def from_hf(
         if line.head and config.tie_word_embeddings:
             if not layout.KEEPS_TIED_HEAD:
                 continue
-            source = tensors.get(huggingface.embeddings_name(config))
+            # The same tensor under a second name, so that a `.pt` file keeps one.
+            embeddings = huggingface.embeddings_name(config)
+            found[own[0]] = next(found[names[0]] for _, name, names in lines if name == embeddings)
+            continue
         if line.switch and not switches[line.switch]:
             report.zeros.append(hf)
             continue
@@ -133,18 +163,17 @@ def from_hf(
             continue
         for position, name in enumerate(own):
             found[name] = computed(lambda t, line=line, at=position: line.turn.to_own(t, config)[at], [source])
-    extra = []
-    for name in tensors:
-        if name in used:
-            continue
-        if is_buffer(huggingface, name):
-            report.buffers.append(name)
-        elif _is_allowed(name, allow):
-            report.allowed[name] = "left out: the layout has no such tensor"
-        else:
-            extra.append(name)
+    extra = _sort_out([name for name in tensors if name not in used], huggingface, allow, report)
     _complain(None, layout.NAME, missing, extra, misshaped, used)
     return found, settings, report
+
+
+def _sort_out(unused: list[str], layout: Any, allow: Sequence[str], report: Report) -> list[str]:
+    """Return names that are neither a buffer nor allowed; note the others."""
+    report.buffers += [name for name in unused if is_buffer(layout, name)]
+    others = [name for name in unused if not is_buffer(layout, name)]
+    report.allowed |= {n: "left out: the layout has no such tensor" for n in others if _is_allowed(n, allow)}
+    return [name for name in others if not _is_allowed(name, allow)]
 
 
 def _turned(line: Line, config: PreTrainedConfig, own: list[LazyTensor]) -> LazyTensor:
@@ -189,8 +218,9 @@ def _told(
     expected: tuple[int, ...],
 ) -> str:
     named = ", ".join(f"`{name}` {shape}" for name, shape in zip(own, shapes, strict=True))
-    turned = " (turned: as Conv1D holds it, not Linear, or the other way?)" if made == expected[::-1] else ""
-    return f"{named}: `{hf}` would be {made or 'nothing'}{turned}, expected {expected}"
+    found = f"makes {made}" if made else "cannot be joined"
+    turned = ", which is turned" if made == expected[::-1] and made != expected else ""
+    return f"{named}: {found}{turned}; expected {expected} of `{hf}`"
 
 
 def _complain(
@@ -208,8 +238,8 @@ def _complain(
         near = suggest(extra[0], missing or known) if len(extra) <= len(known) else ""
         faults.append(f"not in the layout: {fold_names(extra)}{near}")
     if misshaped:
-        more = f"; and {len(misshaped) - 6:,} more" if len(misshaped) > 6 else ""
-        faults.append(f"of another shape: {'; '.join(misshaped[:6])}{more}")
+        more = f"; and {len(misshaped) - _MOST:,} more" if len(misshaped) > _MOST else ""
+        faults.append(f"of another shape: {'; '.join(misshaped[:_MOST])}{more}")
     if faults:
         where = f"{checkpoint.path}: " if checkpoint else ""
         allow = "; --allow PATTERN lets tensors pass that may be missing or too many" if missing or extra else ""

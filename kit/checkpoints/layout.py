@@ -82,6 +82,8 @@ class Layout(Protocol):
         TABLE: every tensor that has weights.
         BUFFERS: patterns of the layout's own names, matched in full, that hold a mask or a constant, not a weight.
         KEEPS_TIED_HEAD: whether a tied head is stored a second time under its own name.
+        OPTIONS, normalized, target_notes: where it has them: settings of how its file is written; another spelling of
+            its names; what somebody should know who gets such a file.
         SUFFIXES: what is written: `.pt`, `.safetensors`, `.bin`, or "" for a folder; the first is the usual one.
     """
 
@@ -157,10 +159,12 @@ def count_blocks(names: Mapping[str, LazyTensor], table: tuple[Line, ...]) -> in
     """Return how many blocks the names of a checkpoint number; 0 where it has none of this layout."""
     templates = {name for line in table if in_blocks(line) for name in line.own}
     numbers = [-1]
+    # A number beyond that is no block's, and the tensor with it one that the layout does not have.
+    most = len(names)
     for template in templates:
         pattern = re.compile(re.escape(template).replace(r"\{n\}", r"(\d+)"))
         numbers += [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
-    return max(numbers) + 1
+    return max(number for number in numbers if number < most) + 1
 
 
 def is_buffer(layout: Layout, name: str) -> bool:

@@ -17,9 +17,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from kit.cli import inspect
 from kit.errors import UserError
 from kit.model.headers import read_headers
+from kit.model_commands import inspect
 from tests.material import ARCHITECTURES, make_model, make_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kit.checkpoints.checkpoint import Checkpoint, LazyTensor
 from kit.errors import UserError
@@ -20,10 +20,18 @@ SUFFIXES = ("",)
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return every tensor that a model of this configuration is saved with; a tied head is no tensor of its own."""
+    tied = tied_names(config)
+    return {name: tuple(t.shape) for name, t in _empty_model(config).state_dict().items() if name not in tied}
+
+
+def tied_names(config: PreTrainedConfig) -> set[str]:
+    """Return the names of tensors that are others, such as a tied head."""
+    return set(_empty_model(config).all_tied_weights_keys) if config.tie_word_embeddings else set()
+
+
+def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+        return AutoModelForCausalLM.from_config(config)
 
 
 def read_config(checkpoint: Checkpoint, given: Mapping[str, Any]) -> PreTrainedConfig:
@@ -33,7 +41,7 @@ def read_config(checkpoint: Checkpoint, given: Mapping[str, Any]) -> PreTrainedC
         UserError: there is none, or what is given disagrees with it.
     """
     stored = checkpoint.settings.get("config")
-    if stored is None:
+    if not isinstance(stored, dict) or "model_type" not in stored:
         raise UserError(f"{checkpoint.path}: no config.json beside it; expected Hugging Face's model folder")
     for name, value in given.items():
         if stored.get(name, value) != value:
@@ -56,11 +64,22 @@ def rename(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[dict[str, 
 
 
 def _prefix(config: PreTrainedConfig) -> str:
-    return _model_class(config).base_model_prefix
+    return model_class(config).base_model_prefix
 
 
-def _model_class(config: PreTrainedConfig) -> type:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of a configuration's causal language model."""
     return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+@torch.no_grad()
+def logits_of_tensors(tensors: Mapping[str, LazyTensor], config: PreTrainedConfig, input_ids: Tensor) -> Tensor:
+    """Return the logits of a model's tensors in Hugging Face's code, in float32."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    places = model.state_dict()  # of a tied head too, which is the embeddings
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor.read())
+    return model.eval()(input_ids=input_ids, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -72,7 +91,19 @@ def logits_of_folder(folder: Path, input_ids: Tensor) -> Tensor:
 
 def embeddings_name(config: PreTrainedConfig) -> str:
     """Return the name of the input embeddings, which a tied head is."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _empty_model(config)
     weight = model.get_input_embeddings().weight
     return next(name for name, parameter in model.named_parameters() if parameter is weight)
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """Tell whether the configuration beside a checkpoint describes its tensors, by names and shapes."""
+    if "config" not in checkpoint.settings:
+        return False
+    try:
+        config = read_config(checkpoint, {})
+        tensors, _ = rename(checkpoint, config)
+        expected = expected_shapes(config)
+    except (UserError, KeyError, ValueError):  # a configuration of other code
+        return False
+    return all(name in tensors and tensors[name].shape == shape for name, shape in expected.items())

@@ -40,24 +40,31 @@ _ARGUMENTS = {
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
-    "block_size": "n_positions",
+    "n_positions": "block_size",
     "vocab_size": "vocab_size",
+    "bias": "bias",
 }
+_PADDED = 50304  # GPT-2's vocabulary up to a multiple of 64
 
 
 def read_settings(checkpoint: Checkpoint, given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """See `Layout`. The activation is no tensor: nanoGPT's own code computes the exact GELU, GPT-2 an approximation."""
-    arguments = checkpoint.settings.get("model_args", {})
-    stated = {theirs: arguments[ours] for ours, theirs in _ARGUMENTS.items() if ours in arguments}
-    stated |= checkpoint.settings.get("kit", {})
-    bias = "transformer.ln_f.bias" in checkpoint.tensors
-    default = "gelu" if arguments else "gelu_new"
-    settings, notes = gpt2.deduce(checkpoint, TABLE, {"activation_function": default} | stated, given)
-    if "activation_function" not in given and "activation_function" not in stated:
-        why = "as in nanoGPT's own code" if arguments else "as in GPT-2, since there are no `model_args`"
+    stated = gpt2.stated(checkpoint, "model_args", _ARGUMENTS)
+    default = "gelu" if stated else "gelu_new"
+    why = "as in nanoGPT's own code" if stated else "as in GPT-2, since there are no `model_args`"
+    stated |= gpt2.stated(checkpoint, "kit", {"activation_function": "activation_function"})
+    told = "activation_function" in stated or "activation_function" in given
+    settings, notes = gpt2.deduce(checkpoint, TABLE, {"activation_function": default, **stated}, given, _ARGUMENTS)
+    if not told:
         other = "gelu_new" if default == "gelu" else "gelu"
         notes.append(f"activation_function: {default}, {why}; --set activation_function={other} is the other one")
-    return {**settings, "bias": bias}, notes
+    rows = settings["vocab_size"]
+    if gpt2.TOKENS < rows <= _PADDED:
+        notes.append(
+            f"vocabulary: {rows:,} rows, kept; GPT-2 has {gpt2.TOKENS:,} tokens, the rest is padding, which "
+            f"--vocab-size {gpt2.TOKENS} cuts off"
+        )
+    return settings, notes
 
 
 make_config = gpt2.make_config
@@ -65,13 +72,23 @@ make_config = gpt2.make_config
 
 def own_settings(config: PreTrainedConfig, switches: Mapping[str, bool]) -> Settings:
     """See `Layout`; nanoGPT has a tied head, blocks four times as wide inside, and an epsilon of 1e-5."""
-    gpt2.check_plain(NAME, config, tied=True)
-    arguments = {ours: getattr(config, theirs) for ours, theirs in _ARGUMENTS.items()}
+    gpt2.check_plain(NAME, config, tied=True, activations=(*gpt2.APPROXIMATE_GELU, "gelu"))
+    arguments = {own: getattr(config, hf) for hf, own in _ARGUMENTS.items() if hf != "bias"}
     # Beside `model_args`, which nanoGPT hands to its own configuration whole.
     return {
         "model_args": {**arguments, "bias": switches["bias"], "dropout": 0.0},
         "kit": {"activation_function": config.activation_function},
     }
+
+
+def target_notes(config: PreTrainedConfig) -> list[str]:
+    """Return what nanoGPT's own code will do otherwise with a model that is written for it."""
+    if config.activation_function == "gelu":
+        return []
+    return [
+        f"activation_function {config.activation_function}: nanoGPT's own code computes the exact GELU "
+        "(`nn.GELU()`), so its logits differ a little unless its MLP has `nn.GELU(approximate='tanh')`"
+    ]
 
 
 def reference_logits(read: Read, settings: Settings, input_ids: Tensor) -> Tensor:
@@ -91,6 +108,6 @@ def reference_logits(read: Read, settings: Settings, input_ids: Tensor) -> Tenso
         query, key, value = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=-1)
         mixed = gpt2.causal_attention(query, key, value, settings["n_head"])
         x = x + linear(mixed, f"{block}.attn.c_proj")
-        inner = gpt2.activation(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"), settings)
+        inner = gpt2.activation(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"), settings["activation_function"])
         x = x + linear(inner, f"{block}.mlp.c_proj")
     return norm(x, "transformer.ln_f") @ read("lm_head.weight").T
