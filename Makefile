@@ -114,14 +114,18 @@ bench-freezing: $(INSTALLED)  ## Compare what to train: all, a part, phases, LoR
 bench-classification: $(INSTALLED)  ## Compare classifiers with TF-IDF on several splits, on the demo's model and docstrings
 	$(BIN)/python benchmarks/classification.py $(ARGS)
 
+.PHONY: bench-verify
+bench-verify: $(INSTALLED)  ## Show what `kit verify` finds of the models in ARGS when one block of them is damaged
+	$(BIN)/python benchmarks/verify.py $(ARGS)
+
 .PHONY: schema
 schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors
 	$(BIN)/kit schema --output recipes/recipe.schema.json
 
 .PHONY: docs
-docs: $(INSTALLED) schema  ## Write docs/recipes.md, the messages in docs/troubleshooting.md, and the schema
+docs: $(INSTALLED) schema  ## Write docs/recipes.md, the tables of docs/troubleshooting.md and docs/checkpoints.md, and the schema
 	$(BIN)/kit schema --markdown --output docs/recipes.md
-	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py
+	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py tests/checkpoints/test_docs.py
 
 .PHONY: lint
 lint: $(INSTALLED)  ## Check style and formatting

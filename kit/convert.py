@@ -2,8 +2,9 @@
 
 import copy
 import json
+import math
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,24 +16,24 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from kit.checkpoints import proof
 from kit.checkpoints.checkpoint import Checkpoint, LazyTensor, computed
 from kit.checkpoints.conversion import Report, from_hf, read_hf, to_hf
 from kit.checkpoints.layouts import huggingface
 from kit.checkpoints.reading import read_checkpoint
-from kit.checkpoints.registry import LAYOUTS, as_files_name_it, find_layout, recognise, settings_of_target, write_layout
-from kit.checkpoints.tokenizer_files import save_tokenizer, write_tokenizer
-from kit.checkpoints.writing import check_target, write_safetensors
+from kit.checkpoints.registry import as_files_name_it, find_layout, recognise, settings_of_target, write_layout
+from kit.checkpoints.tokenizer_files import save_tokenizer, write_tokenizer, written_beside
+from kit.checkpoints.writing import REPORT, check_target, is_folder, write_safetensors
 from kit.console import quiet_libraries, say, warn
 from kit.errors import UserError
-from kit.files import disk_fault, read_json, write_json
+from kit.files import disk_fault, put_in_place, read_json, write_json
 from kit.names import fold_names
 
-_REPORT = "conversion.json"
 _WEIGHTS = "model.safetensors"
 _SPECIAL = ("bos", "eos", "pad")
-_SUFFIXES = {suffix for layout in LAYOUTS.values() for suffix in layout.SUFFIXES if suffix}
+_MOST_ROWS_ADDED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _Model:
         logits: computed from what was read, by its own layout's arithmetic.
         parameters: what the source holds: a tied head counts once, masks do not.
         report: what was done to read it.
+        generation: the file with generation settings beside Hugging Face's model.
     """
 
     tensors: dict[str, LazyTensor]
@@ -52,6 +54,7 @@ class _Model:
     logits: proof.Logits
     parameters: int
     report: Report
+    generation: Path | None = None
 
 
 def convert(
@@ -90,21 +93,24 @@ def convert(
     quiet_libraries()
     into = find_layout(target_layout, "--to")
     place = Path(target)
-    check_target(Path(source), place, overwrite)
     _check_suffix(into, place)
+    beside = written_beside(into.NAME, place) + ([] if is_folder(place) else [_report_of(place)])
+    check_target(Path(source), place, beside, overwrite)
+    _check_patterns(allow)
     checkpoint, layout = _open(Path(source), source_layout, config)
     settings, switches = _settings(given, into)
     model = _read(checkpoint, layout, settings, allow)
     _tell(model.report)
+    _check_count(model)
     shared_rows = min(_rows(model), vocab_size or _rows(model))
     if vocab_size:
         model = _with_rows(model, vocab_size)
     named = Path(tokenizer or source), bool(tokenizer), layout
     try:
-        with _made_beside(place) as made:
+        with _made_beside(place, overwrite) as made:
             became = _convert_tokenizer(into, *named, made, model.config)
             found = _write(model, into, made, switches, allow)
-            dropped = sum(model.tensors[name].parameters for name in found.zeros)
+            dropped = sum(model.tensors[name].parameters for name in (*found.zeros, *found.twice))
             outcome = _prove(model, into, made, shared_rows, dropped) if verify else None
             facts = {"from": layout.NAME, "to": into.NAME, "source": Path(source).name, "format": checkpoint.format}
             facts |= {"config": model.config.to_diff_dict(), "read": asdict(model.report), "written": asdict(found)}
@@ -120,12 +126,20 @@ def _open(source: Path, name: str, config: str | None) -> tuple[Checkpoint, Modu
     checkpoint = read_checkpoint(source)
     if config:
         try:
-            checkpoint.settings["config"] = read_json(config)
+            checkpoint.settings[huggingface.CONFIG] = read_json(config)
         except (OSError, ValueError) as error:
             raise UserError(f"--config {config}: {getattr(error, 'strerror', None) or error}") from None
     layout, why = (find_layout(name, "--from"), "as --from says") if name != "auto" else recognise(checkpoint)
     say(f"from: {checkpoint.path}, {checkpoint.format}; layout {layout.NAME}, {why}")
     return checkpoint, layout
+
+
+def _check_patterns(allow: Sequence[str]) -> None:
+    for pattern in allow:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--allow {pattern}: no regular expression: {error}") from None
 
 
 def _settings(given: Sequence[str], into: ModuleType) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,6 +150,8 @@ def _settings(given: Sequence[str], into: ModuleType) -> tuple[dict[str, Any], d
     found: dict[str, Any] = {}
     for each in given:
         name, equals, value = each.partition("=")
+        if name in found:
+            raise UserError(f"--set {name}: given twice")
         if not (name and equals and value):
             raise UserError(f"--set {each}: expected name=value, such as n_head=12")
         try:
@@ -154,7 +170,9 @@ def _read(checkpoint: Checkpoint, layout: ModuleType, given: Mapping[str, Any], 
         checkpoint = as_files_name_it(checkpoint, layout)
         tensors, config, settings, report = to_hf(checkpoint, layout, given, allow)
         logits = proof.reference(layout, checkpoint.tensors, settings, config)
-    return _Model(tensors, config, logits, _count(checkpoint, layout, config, report), report)
+    beside = checkpoint.path / GENERATION_CONFIG_NAME
+    generation = beside if layout is huggingface and beside.is_file() else None
+    return _Model(tensors, config, logits, _count(checkpoint, layout, config, report), report, generation)
 
 
 def _count(checkpoint: Checkpoint, layout: ModuleType, config: PreTrainedConfig, report: Report) -> int:
@@ -164,7 +182,21 @@ def _count(checkpoint: Checkpoint, layout: ModuleType, config: PreTrainedConfig,
         left_out |= huggingface.tied_names(config)
     elif config.tie_word_embeddings:
         left_out |= {name for line in layout.TABLE if line.head for name in line.own}
-    return sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name not in left_out)
+    tensors = huggingface.rename(checkpoint, config)[0] if layout is huggingface else checkpoint.tensors
+    return sum(tensor.parameters for name, tensor in tensors.items() if name not in left_out)
+
+
+def _check_count(model: _Model) -> None:
+    """Make sure that nothing of the source got lost: its weights, and zeros that are told, are the model's.
+
+    Raises:
+        RuntimeError: the layout's table does not use all that it names.
+    """
+    if not model.report.allowed:
+        zeros = sum(model.tensors[name].parameters for name in model.report.zeros)
+        made = sum(tensor.parameters for tensor in model.tensors.values())
+        if model.parameters + zeros != made:
+            raise RuntimeError(f"{model.parameters:,} weights of the source and {zeros:,} zeros became {made:,}")
 
 
 def _tell(report: Report) -> None:
@@ -188,8 +220,14 @@ def _rows(model: _Model) -> int:
 def _with_rows(model: _Model, rows: int) -> _Model:
     """Return the model with so many rows of the vocabulary, of embeddings and head; what is cut or added is told."""
     before = _rows(model)
+    if rows > before + _MOST_ROWS_ADDED:
+        raise UserError(f"--vocab-size {rows}: found {before:,} rows; expected at most {_MOST_ROWS_ADDED:,} more")
     config = copy.deepcopy(model.config)
     config.vocab_size = rows
+    for name in (f"{each}_token_id" for each in _SPECIAL):
+        if isinstance(number := getattr(config, name, None), int) and number >= rows:
+            warn(f"--vocab-size {rows:,}: {name} {number:,} has no row then, and is taken from the configuration")
+            setattr(config, name, None)
     heads = {name for name, shape in huggingface.expected_shapes(config).items() if model.tensors[name].shape != shape}
     tensors = {name: _resized(t, rows) if name in heads else t for name, t in model.tensors.items()}
     what = f"the last {before - rows:,} are cut" if rows < before else f"{rows - before:,} are added, as zeros"
@@ -209,32 +247,33 @@ def _resized(tensor: LazyTensor, rows: int) -> LazyTensor:
 
 
 def _check_suffix(layout: ModuleType, place: Path) -> None:
-    if place.suffix in layout.SUFFIXES or ("" in layout.SUFFIXES and place.suffix not in _SUFFIXES):
+    if place.suffix in layout.SUFFIXES or ("" in layout.SUFFIXES and is_folder(place)):
         return
     expected = ", ".join(suffix or "a folder" for suffix in layout.SUFFIXES)
     raise UserError(f"{place}: the layout {layout.NAME} is written to {expected}")
 
 
 @contextmanager
-def _made_beside(place: Path) -> Iterator[Path]:
-    """Yield where to write, in a temporary folder beside; it, and the report, take their places if all goes well."""
+def _made_beside(place: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield where to write, in a temporary folder beside; all that is there takes its place if all goes well."""
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.absolute().parent) as folder:
         made = Path(folder) / place.name
-        if _is_folder(place):
+        if is_folder(place):
             made.mkdir()
-        yield made
-        if place.is_dir():
-            shutil.rmtree(place)
-        for path in sorted(made.parent.iterdir()):
-            os.replace(path, place.with_name(path.name))
-
-
-def _is_folder(place: Path) -> bool:
-    return place.suffix not in _SUFFIXES
+        try:
+            yield made
+        except UserError as error:
+            raise UserError(str(error).replace(folder + os.sep, f"{place.parent}{os.sep}")) from error
+        places = {path: place.with_name(path.name) for path in sorted(made.parent.iterdir())}
+        for taken in places.values():
+            if taken.exists() and not overwrite:  # since it was looked at
+                raise UserError(f"{taken}: exists by now; --overwrite replaces it")
+        for path, its_place in places.items():
+            put_in_place(path, its_place)
 
 
 def _report_of(place: Path) -> Path:
-    return place / _REPORT if _is_folder(place) else place.with_name(f"{place.name}.{_REPORT}")
+    return place / REPORT if is_folder(place) else place.with_name(f"{place.name}.{REPORT}")
 
 
 def _write(model: _Model, layout: ModuleType, made: Path, given: Mapping[str, Any], allow: Sequence[str]) -> Report:
@@ -275,9 +314,13 @@ def _prove(model: _Model, into: ModuleType, made: Path, shared_rows: int, droppe
     size = f"up to {found.largest:.3g}"
     said = f"the logits of {found.positions} positions, {size}, differ by at most {found.difference:.1g}"
     expected = sum(tensor.parameters for tensor in model.tensors.values()) - dropped
+    if math.isnan(found.difference):
+        bad = [name for name, tensor in model.tensors.items() if not tensor.read().isfinite().all()]
+        what = f"NaN or infinity in {fold_names(bad)}" if bad else "logits that are no numbers"
+        raise UserError(f"the model has {what}, so that nothing can be compared; --no-verify writes it all the same")
     if not found.holds or written.parameters != expected:
         counts = f"{written.parameters:,} weights were written, {expected:,} expected"
-        raise UserError(f"{made.name}: {said}; {counts}: not the same model, and nothing is left of it (--no-verify)")
+        raise UserError(f"{made.name}: {said}; {counts}: not the same model; nothing was written")
     say(f"proven: {said}; {model.parameters:,} weights read, {written.parameters:,} written")
     return found
 
@@ -308,7 +351,11 @@ def _convert_tokenizer(
                 raise UserError(f"--tokenizer {source}: no tokenizer there")
             warn(f"no tokenizer beside {source}; --tokenizer names where it is")
             return None
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # each kind of tokenizer fails in its own way
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{source}: its tokenizer cannot be loaded: {type(error).__name__}: {reason}") from error
         tokens = len(found)
         became = "as Hugging Face has it" if into is huggingface else write_tokenizer(folder, into.NAME, made)
     if tokens > config.vocab_size:

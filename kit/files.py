@@ -137,6 +137,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def put_in_place(made: str | Path, place: str | Path) -> None:
+    """Give a finished file or folder its name; what had the name is removed only then."""
+    place = Path(place)
+    aside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}") if place.is_dir() else None
+    if aside:
+        os.replace(place, aside)
+    os.replace(made, place)
+    _sync_folder(place.parent)
+    if aside:
+        shutil.rmtree(aside)
+
+
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place, sealed by a rename, if the block succeeds."""
@@ -146,10 +158,7 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-        _sync_folder(folder.parent)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -21,38 +21,42 @@ from kit.evaluation.language_modeling import evaluate_documents
 from kit.evaluation.plain_sentences import PLAIN_SENTENCES
 from kit.evaluation.samples import continue_prompts
 from kit.model.alignment import check_alignment, check_ids, check_special_ids
-from kit.model.architecture import Architecture, build_architecture
+from kit.model.architecture import build_architecture
 from kit.model.configuration import CAUSAL_LM, CLASSIFIER
-from kit.model.headers import StoredTensor, read_headers, read_tensor
+from kit.model.file_checks import (
+    FAIL,
+    FLOATS,
+    NONE,
+    OK,
+    WARN,
+    Check,
+    check_channels,
+    check_dtypes,
+    check_files,
+    check_head,
+    check_order,
+    check_values,
+    read_value,
+)
+from kit.model.headers import read_headers
 from kit.model.loading import holds_adapter, load_causal_lm, load_config, stored_kind
 from kit.model.parts import transformer_blocks
-from kit.model.sanity import Order, TensorFacts, compare_blocks, examine
+from kit.model.sanity import Order, compare_blocks, compare_neighbours, examine
 from kit.model.tokenizer import encoder, load_tokenizer, special_tokens
-from kit.names import fold_names
 from kit.recipe.models import ModelSection
 from kit.training.run_directory import model_of
 
-OK, WARN, FAIL, NONE = "ok", "warn", "FAIL", "not applicable"
-_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _SEED, _PROMPT, _NEW_TOKENS = 42, "Once upon a time", 60
 _ROW, _MOST_ROWS = 32, 24  # tokens of a piece of a text, and pieces, for the checks that take many passes
 _MOST_WINDOW = 512
 _KNOWS_NOTHING = 0.9  # of ln(vocabulary)
+_ADVICE = "; for a model that knows other texts, give one with --text"
 _ORDER_TELLS = 0.3  # nats per token
 _HARM, _HARM_ERRORS = -0.05, 3.0  # nats per token; standard errors
 # What a sound model may lose by a block, and by a branch, on text that it was given as known, and on plain sentences,
 # which are not its own: a base model of novels, tuned on documentation, does better by 0.11 without an attention.
-_BEARABLE = {True: (-0.05, -0.1), False: (-0.1, -0.2)}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row: what was looked at, what was found, and what to think of it."""
-
-    name: str
-    figure: str
-    verdict: str
-    reason: str
+_BEARABLE = {True: (-0.05, -0.1), False: (-0.3, -0.3)}
+_FEWEST_ROWS = 4  # from which on a standard error says something
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def verify(model: str, *, text: str | None, prompt: str | None, revision: str | 
         UserError: there is no such model or text, its files are damaged or pickled, or it is an adapter.
     """
     quiet_libraries()
+    if not model.strip():
+        raise UserError("MODEL: found nothing; expected a model folder, a run directory or a name on the Hub")
     name = model_of(model)
     section = ModelSection(name_or_path=name, revision=revision)
     if holds_adapter(section):
@@ -123,11 +129,16 @@ def _all_checks(section: ModelSection, text: str | None, prompt: str) -> list[Ch
     except Exception as error:  # each architecture fails in its own way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{section.name_or_path}: no architecture can be built from its config: {reason}") from error
-    known = [t for t in tensors if t.dtype in _FLOATS and t.name not in architecture.ignored]
-    facts = [examine(t.name, _value(section, t)) for t in known]
+    known = [t for t in tensors if t.dtype in FLOATS and t.name not in architecture.ignored]
+    facts = [examine(t.name, read_value(section, t)) for t in known]
     order = compare_blocks(facts)
-    checks = [_files(architecture, tensors), _values(facts), _order(order), _head(section, architecture, tensors)]
-    checks.append(_dtypes(tensors))
+    checks = [
+        check_files(architecture, tensors),
+        check_values(facts),
+        check_order(order),
+        check_channels(compare_neighbours(facts)),
+    ]
+    checks += [check_head(section, architecture, tensors), check_dtypes(tensors)]
     try:
         tokenizer = load_tokenizer(section, Path(), lambda: (), lambda: "")
     except UserError as error:
@@ -152,90 +163,6 @@ def _all_checks(section: ModelSection, text: str | None, prompt: str) -> list[Ch
         return [*checks, *(Check(each, "-", NONE, why) for each in names)]
     loaded = _load(section, tokenizer, checks)
     return [*checks, *_on_text(loaded, text, prompt, order)]
-
-
-def _value(section: ModelSection, tensor: StoredTensor) -> Any:
-    value = read_tensor(section.name_or_path, section.revision, tensor)
-    return value if value.element_size() > 1 else value.float()  # torch knows little of 8-bit floats
-
-
-def _files(architecture: Architecture, tensors: list[StoredTensor]) -> Check:
-    held = {architecture.own_name(t.name) or t.name: t.parameters for t in tensors}
-    parameters = dict(architecture.model.named_parameters(remove_duplicate=False))
-    stored = sum(number for name, number in held.items() if name in parameters and name not in architecture.tied)
-    expected = sum(architecture.parameters().values())
-    figure = f"{stored:,} of {expected:,}"
-    if not architecture.compared:
-        return Check("parameters", figure, NONE, "a quantized model's matrices are packed, and not compared")
-    wrong = {
-        "missing": fold_names(architecture.missing),
-        "unexpected": fold_names(architecture.unused),
-        "of another shape": ", ".join(f"{n} ({f}; expected {e})" for n, f, e in architecture.mismatched[:8]),
-    }
-    reason = "; ".join(f"{what}: {names}" for what, names in wrong.items() if names)
-    return Check("parameters", figure, FAIL if reason else OK, reason)
-
-
-def _values(facts: list[TensorFacts]) -> Check:
-    """Judge NaN and constants; a zero bias is a usual beginning, a norm's gain of ones one that all norms share."""
-    alike: dict[str, list[TensorFacts]] = {}
-    for each in facts:
-        alike.setdefault(".".join("*" if p.isdigit() else p for p in each.name.split(".")), []).append(each)
-    bad = [f"{f.name} ({f.bad:,} NaN or infinite)" for f in facts if f.bad]
-    plain = []
-    for each in (f for group in alike.values() for f in group if f.constant is not None):
-        if each.dim > 1:
-            bad.append(f"{each.name} (a matrix, {each.constant:g} throughout)")
-    for group in alike.values():
-        gains = [f for f in group if f.constant is not None and f.dim == 1 and not f.name.endswith("bias")]
-        told = [f"{f.name} ({f.constant:g} throughout)" for f in gains]
-        # Blocks that were trained alike are not constant in one of them alone; and a gain of zero gives nothing on.
-        (plain if len(gains) == len(group) and len({f.constant for f in gains}) == 1 else bad).extend(told)
-    listed = ", ".join((bad or plain)[:8]) + (f", and {len(bad or plain) - 8} more" if len(bad or plain) > 8 else "")
-    verdict = FAIL if bad else WARN if plain else OK
-    reason = listed + (": as untrained norms are" if plain and not bad else "")
-    return Check("values", f"{len(facts):,} tensors: {len(bad)} bad, {len(plain)} constant", verdict, reason)
-
-
-def _order(order: Order | None) -> Check:
-    name = "order in matrices"
-    if order is None:
-        return Check(name, "-", NONE, "there are not two blocks of matrices to compare")
-    figure = f"{order.least:+.2f} to {order.largest:+.2f} a block"
-    if not order.trained:
-        reason = "no matrix stands out of its own entries shuffled: weights hardly trained, or all shuffled"
-        return Check(name, figure, WARN, reason)
-    found = [*(f"{each} (all matrices)" for each in order.blocks), *order.matrices]
-    what = "no more order than their own entries shuffled, unlike those of other blocks: "
-    return Check(name, figure, FAIL if found else OK, what + ", ".join(found[:8]) if found else "")
-
-
-def _head(section: ModelSection, architecture: Architecture, tensors: list[StoredTensor]) -> Check:
-    embedding, head = architecture.model.get_input_embeddings(), architecture.model.get_output_embeddings()
-    held = {architecture.own_name(t.name): t for t in tensors}
-    modules = dict(architecture.model.named_modules())
-    names = [f"{name}.weight" for name, module in modules.items() if module is embedding or module is head]
-    tied = bool(head is not None and set(names) & set(architecture.tied))
-    figure = "tied" if tied else "not tied"
-    if head is None:
-        return Check("head", "-", NONE, "the model has no output embeddings")
-    if not set(names) <= set(held) or len(names) < 2:
-        return Check("head", figure, OK, "")
-    first, second = (_value(section, held[name]) for name in names[:2])
-    equal = first.shape == second.shape and bool((first == second).all())
-    if tied:
-        reason = f"the configuration ties {names[1]} to {names[0]}, and the files hold two different matrices"
-        return Check("head", figure, OK if equal else FAIL, "" if equal else reason)
-    reason = "the configuration ties nothing, and head and embeddings are equal: `tie_word_embeddings` may be missing"
-    return Check("head", figure, WARN if equal else OK, reason if equal else "")
-
-
-def _dtypes(tensors: list[StoredTensor]) -> Check:
-    counts = Counter(t.dtype for t in tensors if t.dtype in _FLOATS)
-    figure = ", ".join(f"{number:,} {dtype}" for dtype, number in counts.most_common())
-    rare = [t.name for t in tensors if t.dtype in list(counts)[1:]]
-    mixed = len(counts) > 1
-    return Check("dtypes", figure, WARN if mixed else OK, f"mixed, among others {fold_names(rare)}" if mixed else "")
 
 
 def _vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Check:
@@ -283,6 +210,12 @@ def _on_text(loaded: _Loaded, text: str | None, prompt: str, order: Order | None
     yield _loss(loaded, plain, "plain sentences", FAIL if text is None else WARN)
     if text is not None:
         yield _loss(loaded, rows, "the text", FAIL)
+    if len(rows) < _FEWEST_ROWS:
+        why = f"the text has {sum(map(len, rows)):,} tokens; give one with {_FEWEST_ROWS * _ROW:,} or more"
+        yield from (Check(name, "-", NONE, why) for name in ("order of tokens", "blocks"))
+        yield _perplexity(loaded, text, encode)
+        yield _continuation(loaded, prompt)
+        return
     ordered, known = _token_order(loaded, rows, what, order is not None and order.trained)
     yield ordered
     yield _blocks(loaded, rows, text is not None, known)
@@ -304,7 +237,7 @@ def _loss(loaded: _Loaded, rows: list[list[int]], what: str, at_worst: str) -> C
     if loss < _KNOWS_NOTHING * nothing:
         return Check(f"loss of {what}", figure, OK, "")
     reason = "about what a model has that knows nothing, or above"
-    advice = "; for one that knows other texts, give one with --text" if at_worst == FAIL and what != "the text" else ""
+    advice = _ADVICE if at_worst == FAIL and what != "the text" else ""
     return Check(f"loss of {what}", figure, at_worst, reason + advice)
 
 
@@ -320,7 +253,8 @@ def _token_order(loaded: _Loaded, rows: list[list[int]], what: str, trained: boo
         return Check("order of tokens", figure, OK, ""), True
     reason = f"the model does as well on the tokens of {what} in random order"
     if trained:
-        return Check("order of tokens", figure, FAIL, f"{reason}, though its weights are trained"), False
+        advice = "" if what == "the text" else _ADVICE
+        return Check("order of tokens", figure, FAIL, f"{reason}, though its weights are trained{advice}"), False
     return Check("order of tokens", figure, WARN, f"{reason}, as one hardly trained does"), False
 
 
@@ -340,9 +274,8 @@ def _blocks(loaded: _Loaded, rows: list[list[int]], given: bool, known: bool) ->
     harmful = [e for e in found if e.nats < (of_branch if " " in e.name else of_block)]
     listed = ", ".join(f"{e.name} ({e.nats:+.2f}, {-e.errors:.0f} standard errors)" for e in (harmful or found)[:8])
     reason = f"the loss falls when these are left out: {listed}"
-    if known and harmful:
-        return Check("blocks", figure, FAIL, reason)
-    return Check("blocks", figure, WARN, reason + ("" if given else "; --text, with text that it knows, tells more"))
+    verdict = FAIL if known and harmful else WARN
+    return Check("blocks", figure, verdict, reason + ("" if given else _ADVICE))
 
 
 def _perplexity(loaded: _Loaded, text: str | None, encode: Any) -> Check:

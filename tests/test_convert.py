@@ -102,8 +102,7 @@ def test_without_the_proof_the_report_says_so(gpt2, tmp_path):
     assert json.loads((tmp_path / "m.pt.conversion.json").read_text())["proof"] is None
 
 
-@pytest.mark.parametrize("change", [-7, 9])
-def test_rows_of_the_vocabulary(change, gpt2, tmp_path, capsys):
+def test_rows_of_the_vocabulary(gpt2, tmp_path, capsys):
     rows = tensors_of(gpt2)["transformer.wte.weight"].shape[0]
     convert(str(gpt2), str(tmp_path / "m.pt"), target_layout="nanogpt", vocab_size=rows + 16)
     convert(str(tmp_path / "m.pt"), str(tmp_path / "back"), tokenizer=str(gpt2), vocab_size=rows)
@@ -170,6 +169,9 @@ def test_a_full_disk_leaves_the_source_and_nothing_else(gpt2, tmp_path, monkeypa
         (["{gpt2}", "out.pt", "--to", "nanogpt", "--set", "bias"], "expected name=value"),
         (["{gpt2}", "out", "--tokenizer", "nowhere"], "no tokenizer there"),
         (["{gpt2}", "out", "--config", "absent.json"], "--config absent.json: No such file"),
+        (["{gpt2}", "out", "--allow", "("], "--allow (: no regular expression"),
+        (["{gpt2}", "out.pt", "--to", "nanogpt", "--set", "bias=banana"], "expected true or false"),
+        (["{gpt2}", "out", "--vocab-size", "100000000000"], "expected at most 1,048,576 more"),
         (["absent", "out"], "no such file or folder"),
         (["{gpt2}/tokenizer.json", "out"], "expected safetensors"),
     ],
@@ -203,3 +205,120 @@ def test_heads_that_no_tensor_tells(gpt2, tmp_path):
 
 def test_every_layout_is_tried_above():
     assert {*FILES, "llama2.c", "hf"} == LAYOUTS.keys()  # llama2.c in tests/checkpoints/test_llama2c.py
+
+
+def test_a_folder_that_no_conversion_wrote_is_not_replaced(gpt2, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/config.json").write_text("{}")
+    (tmp_path / "thesis/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a folder that a conversion has written"):
+        convert(str(gpt2), str(tmp_path / "thesis"), overwrite=True)
+    assert left_in(tmp_path / "thesis") == ["config.json", "thesis.tex"]
+    convert(str(gpt2), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        convert(str(gpt2), str(tmp_path / "out"))
+    convert(str(gpt2), str(tmp_path / "out"), overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match="is a link"):
+        convert(str(gpt2), str(tmp_path / "link"), overwrite=True)
+
+
+def test_what_lies_beside_the_target_is_not_replaced(tiny_models, tmp_path):
+    llama = tiny_models("llama", tie_word_embeddings=True)
+    for name in ("m.bin.conversion.json", "m.tokenizer.bin"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name}: exists already"):
+            convert(str(llama), str(tmp_path / "m.bin"), target_layout="llama2.c")
+        assert left_in(tmp_path) == [name]
+        (tmp_path / name).unlink()
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(gpt2, tmp_path, monkeypatch):
+    def write_and_disturb(*arguments):
+        write(*arguments)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.tex").write_text("years of work")
+
+    write = convert_module.write_safetensors
+    monkeypatch.setattr(convert_module, "write_safetensors", write_and_disturb)
+    with pytest.raises(UserError, match="exists by now"):
+        convert(str(gpt2), str(tmp_path / "out"))
+    assert left_in(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_what_a_file_says_counts_before_a_configuration_beside_it(gpt2, tiny_models, tmp_path):
+    """The one beside it may be another model's, of the same sizes but for its heads."""
+    convert(str(gpt2), str(tmp_path / "m.safetensors"), target_layout="guide")
+    config = json.loads((gpt2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_head": 1}))
+    convert(str(tmp_path / "m.safetensors"), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["n_head"] == config["n_head"] != 1
+
+
+def test_a_head_that_is_the_embeddings_is_tied_in_other_layouts(tiny_models, tmp_path, capsys):
+    untied = tmp_path / "untied"
+    shutil.copytree(tiny_models("gpt2", tie_word_embeddings=False), untied)
+    tensors = tensors_of(untied)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, untied / "model.safetensors", {"format": "pt"})
+    tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    for layout, name in FILES.items():
+        convert(str(untied), str(tmp_path / f"{layout}-{name}"), target_layout=layout)
+        assert "written as tied" in capsys.readouterr().out
+        convert(str(tmp_path / f"{layout}-{name}"), str(tmp_path / f"{layout}-back"))
+        assert equal(
+            {n: t for n, t in tensors.items() if n != "lm_head.weight"}, tensors_of(tmp_path / f"{layout}-back")
+        )
+    convert(str(untied), str(tmp_path / "same"))
+    assert equal(tensors, tensors_of(tmp_path / "same"))
+
+
+def test_a_head_that_its_configuration_ties_and_that_is_another_is_refused(gpt2, tmp_path):
+    tensors = tensors_of(gpt2)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"is not the embeddings, to which config.json ties it"):
+        convert(str(gpt2), str(tmp_path / "out"), source_layout="hf")
+
+
+def test_masks_of_old_files_are_no_weights(gpt2, tmp_path, capsys):
+    """Files of the bare model, without the head, with masks beside the weights."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(gpt2).items()}
+    tensors |= {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64).tril() for n in range(2)}
+    save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
+    convert(str(gpt2), str(tmp_path / "out"))
+    said = capsys.readouterr().out
+    weights = sum(tensor.numel() for tensor in tensors_of(tmp_path / "out").values())
+    assert f"{weights:,} weights read, {weights:,} written" in said
+    assert "masks and constants" in said
+
+
+def test_generation_settings_stay_with_the_model(gpt2, tmp_path):
+    (gpt2 / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "do_sample": True}))
+    convert(str(gpt2), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.fill_(float("nan")), "NaN or infinity in transformer.ln_f.weight"),
+        (lambda t: t.to(torch.int8), "weights of type int8.*transformer.ln_f.weight"),
+    ],
+)
+def test_weights_that_give_no_logits_are_named(change, says, gpt2, tmp_path):
+    tensors = tensors_of(gpt2)
+    tensors["transformer.ln_f.weight"] = change(tensors["transformer.ln_f.weight"])
+    save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=says):
+        convert(str(gpt2), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_forgets_tensors_is_our_fault(gpt2, tmp_path, monkeypatch):
+    """Counted, as the logits of what was read do not know of them."""
+    convert(str(gpt2), str(tmp_path / "m.pt"), target_layout="nanogpt")
+    found = convert_module._count
+    monkeypatch.setattr(convert_module, "_count", lambda *of: found(*of) + 1)
+    with pytest.raises(RuntimeError, match="weights of the source"):
+        convert(str(tmp_path / "m.pt"), str(tmp_path / "out"))

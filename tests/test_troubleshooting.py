@@ -16,7 +16,17 @@ import pytest
 from kit import cli, network
 from kit.files import read_seal
 from tests.material import documents
-from tests.troubleshooting import adapters, classification, data, folders, freezing, models, recipes, vocabulary
+from tests.troubleshooting import (
+    adapters,
+    checkpoints,
+    classification,
+    data,
+    folders,
+    freezing,
+    models,
+    recipes,
+    vocabulary,
+)
 from tests.troubleshooting import lab as laboratory
 from tests.troubleshooting.lab import Lab
 
@@ -29,7 +39,7 @@ ROWS: dict[str, str] = {}  # of the cases that have been run
 # In the order of the page, not of the imports.
 CASES = [
     case
-    for module in (recipes, data, models, vocabulary, freezing, adapters, classification, folders)
+    for module in (recipes, data, models, vocabulary, freezing, adapters, classification, checkpoints, folders)
     for case in laboratory.CASES
     if module is sys.modules[case.room]
 ]

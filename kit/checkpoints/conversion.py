@@ -1,5 +1,6 @@
 """From a layout to Hugging Face's and back, a tensor at a time; whatever does not fit the table is named."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from kit.checkpoints.layouts import huggingface
 from kit.errors import UserError, suggest
 from kit.names import fold_names
 
+_HEAD = "lm_head.weight"  # of GPT-2 and Llama
 _MOST = 3  # tensors of another shape are told one by one
 
 
@@ -25,13 +27,15 @@ class Report:
         notes: what was chosen, in words.
         buffers: names that hold no weight and were left out.
         allowed: names of tensors that do not fit and were let pass by a pattern, with what became of them.
-        zeros: biases that one side does not have.
+        zeros: Hugging Face's names of what only one side has: zeros.
+        twice: Hugging Face's names of heads that are the embeddings, and are not written as heads of their own.
     """
 
     notes: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     allowed: dict[str, str] = field(default_factory=dict)
     zeros: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
 
 
 def to_hf(
@@ -64,6 +68,7 @@ def to_hf(
             report.zeros.append(hf)
         elif absent and all(_is_allowed(name, allow) for name in absent):
             found[hf] = _zeros(shapes[hf], dtype)
+            report.zeros.append(hf)
             report.allowed |= dict.fromkeys(absent, f"missing: `{hf}` is zeros")
         elif absent:
             missing += absent
@@ -81,6 +86,7 @@ def to_hf(
     extra = _sort_out([name for name in checkpoint.tensors if name not in used], layout, allow, report)
     _complain(checkpoint, layout.NAME, missing, extra, misshaped, used)
     config.dtype = dtype
+    _check_floats(checkpoint, found)
     return {name: found[name] for name in shapes if name in found}, config, settings, report
 
 
@@ -112,9 +118,11 @@ def read_hf(
     for name in [name for name in missing if _is_allowed(name, allow)]:
         missing.remove(name)
         tensors[name] = _zeros(shapes[name], dtype)
+        report.zeros.append(name)
         report.allowed[name] = "missing: zeros"
     _complain(checkpoint, huggingface.NAME, missing, extra, misshaped, set(shapes))
     config.dtype = dtype
+    _check_floats(checkpoint, {name: tensors[name] for name in shapes})
     return {name: tensors[name] for name in shapes}, config, report
 
 
@@ -136,11 +144,19 @@ def from_hf(
         raise UserError(f"the layout {layout.NAME} holds {layout.MODEL_TYPE}; the model is {config.model_type}")
     report = Report()
     lines = expand(layout.TABLE, config.num_hidden_layers)
+    used: set[str] = set()
+    if not config.tie_word_embeddings and _is_tied(tensors, config):
+        # Where a file holds both, nothing tells it from a tied one.
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = True
+        report.notes.append(f"{_HEAD} is the embeddings bit for bit: written as tied")
+        report.twice.append(_HEAD)
+        used.add(_HEAD)
     switches = _switches(lines, tensors, given)
     settings = layout.own_settings(config, switches)
     shapes = huggingface.expected_shapes(config)
     found: dict[str, LazyTensor] = {}
-    missing, misshaped, used = [], [], set()
+    missing, misshaped = [], []
     for line, hf, own in lines:
         used.add(hf)
         source = tensors.get(hf)
@@ -163,7 +179,8 @@ def from_hf(
             continue
         for position, name in enumerate(own):
             found[name] = computed(lambda t, line=line, at=position: line.turn.to_own(t, config)[at], [source])
-    extra = _sort_out([name for name in tensors if name not in used], huggingface, allow, report)
+    unused = [name for name in tensors if name not in used]
+    extra = _sort_out(unused, huggingface, allow, report)
     _complain(None, layout.NAME, missing, extra, misshaped, used)
     return found, settings, report
 
@@ -180,6 +197,14 @@ def _turned(line: Line, config: PreTrainedConfig, own: list[LazyTensor]) -> Lazy
     return computed(lambda *tensors: line.turn.to_hf(list(tensors), config), own)
 
 
+def _is_tied(tensors: Mapping[str, LazyTensor], config: PreTrainedConfig) -> bool:
+    """Tell whether a head of its own holds the embeddings' very bits."""
+    embeddings, head = tensors.get(huggingface.embeddings_name(config)), tensors.get(_HEAD)
+    if head is None or embeddings is None or (head.shape, head.dtype) != (embeddings.shape, embeddings.dtype):
+        return False
+    return torch.equal(head.read(), embeddings.read())
+
+
 def _switches(
     lines: list[tuple[Line, str, tuple[str, ...]]], tensors: Mapping[str, LazyTensor], given: Mapping[str, Any]
 ) -> dict[str, bool]:
@@ -188,9 +213,11 @@ def _switches(
         if line.switch and not switches[line.switch] and hf in tensors:
             switches[line.switch] = bool(tensors[hf].read().any())
     for name in switches.keys() & given.keys():
+        if not isinstance(given[name], bool):
+            raise UserError(f"--set {name}={given[name]}: expected true or false")
         if switches[name] and not given[name]:
             raise UserError(f"--set {name}={given[name]}: the model has biases there that are not zero")
-        switches[name] = bool(given[name])
+        switches[name] = given[name]
     return switches
 
 
@@ -221,6 +248,12 @@ def _told(
     found = f"makes {made}" if made else "cannot be joined"
     turned = ", which is turned" if made == expected[::-1] and made != expected else ""
     return f"{named}: {found}{turned}; expected {expected} of `{hf}`"
+
+
+def _check_floats(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> None:
+    if whole := [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]:
+        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in whole}))
+        raise UserError(f"{checkpoint.path}: weights of type {kinds}, as quantized ones are: {fold_names(whole)}")
 
 
 def _complain(

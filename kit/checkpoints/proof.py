@@ -13,7 +13,7 @@ from kit.checkpoints.layouts import huggingface
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller; float32
 _SEED = 0
-_BATCH, _TIME = 2, 64
+_LONGEST = 1024  # positions; GPT-2's learned ones are all among them
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -47,9 +47,9 @@ def compare(source: Logits, target: Logits, config: PreTrainedConfig, vocab_size
         config: of the model; its positions are not exceeded.
         vocab_size: rows that both have; ids and logits beyond are left out.
     """
-    positions = getattr(config, "max_position_embeddings", None) or _TIME
-    shape = (_BATCH, min(_TIME, positions))
-    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(_SEED))
+    time = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    ids = torch.randint(vocab_size, (1, time), generator=torch.Generator().manual_seed(_SEED))
+    ids[0, 0], ids[0, -1] = 0, vocab_size - 1
     with torch.no_grad():
         one, other = (logits(ids)[..., :vocab_size].float() for logits in (source, target))
     return Proof((one - other).abs().max().item(), one.abs().max().item(), ids.numel())

@@ -159,10 +159,7 @@ def _with_config(checkpoint: Checkpoint) -> Checkpoint:
     config = _read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: holds {type(config).__name__}; expected names and values")
-    notes = checkpoint.notes
-    if checkpoint.settings.get("config", config) != config:
-        notes = (*notes, f"the file's own `config` was left out for the {CONFIG} beside it")
-    return replace(checkpoint, settings={**checkpoint.settings, "config": config}, notes=notes)
+    return replace(checkpoint, settings={**checkpoint.settings, CONFIG: config})
 
 
 def _read_json(path: Path) -> Any:

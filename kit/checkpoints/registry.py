@@ -14,8 +14,6 @@ from kit.checkpoints.writing import describe, save_pickled, write_pickled, write
 from kit.errors import UserError, did_you_mean
 from kit.names import fold_names
 
-_OR_HF = "Hugging Face's own layout needs its config.json beside the tensors, or --config"
-
 FOREIGN: dict[str, ModuleType] = {
     module.NAME: module for module in (guide, nanogpt, llms_from_scratch, openai_tf, llama2c)
 }
@@ -81,7 +79,8 @@ def recognise(checkpoint: Checkpoint) -> tuple[ModuleType, str]:
     Raises:
         UserError: it is no known layout.
     """
-    if huggingface.fits(checkpoint):
+    not_hf = huggingface.why_not(checkpoint)
+    if not not_hf:
         return huggingface, "config.json describes these tensors"
     spelled = {name: as_files_name_it(checkpoint, layout) for name, layout in FOREIGN.items()}
     scores = {name: matches(layout, spelled[name].tensors) for name, layout in FOREIGN.items()}
@@ -92,7 +91,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[ModuleType, str]:
             continue
         return FOREIGN[name], f"its {scores[name][0]:,} names are this layout's, and their shapes fit"
     if faults:
-        raise UserError(f"{next(iter(faults.values()))}. {_OR_HF}")
+        raise UserError(f"{next(iter(faults.values()))}. Hugging Face's own: {not_hf}")
     best = max(scores, key=lambda name: scores[name][0])
     found, unknown = scores[best]
     if not found:
@@ -100,7 +99,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[ModuleType, str]:
         raise UserError(f"{checkpoint.path}: no known layout has such names: {some}; expected {', '.join(LAYOUTS)}")
     raise UserError(
         f"{checkpoint.path}: no layout fits; {best} knows {found:,} of its {found + unknown:,} names: --from {best} "
-        f"tells which it does not. {_OR_HF}"
+        f"tells which it does not. Hugging Face's own: {not_hf}"
     )
 
 

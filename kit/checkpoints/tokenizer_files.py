@@ -1,5 +1,6 @@
 """The tokenizer beside a checkpoint, from the files of its layout to Hugging Face's and back."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,11 @@ from kit.errors import UserError
 # Hugging Face's: these hold the vocabulary, and those belong to it.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _OTHERS = ("tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-_OF_LLAMA2C = "tokenizer.bin"
+
+
+def written_beside(layout: str, place: Path) -> list[Path]:
+    """Return the files that a layout's tokenizer gets beside a file, rather than in it."""
+    return [place.with_name(f"{place.stem}.tokenizer.bin")] if layout == llama2c.NAME and place.suffix else []
 
 
 def save_tokenizer(source: Path, folder: Path, layout: str, positions: int) -> bool:
@@ -54,7 +59,7 @@ def write_tokenizer(folder: Path, layout: str, made: Path) -> str:
     try:
         return write(folder, made)
     except UserError as error:
-        return f"not written: {error}"
+        return f"not written: {str(error).replace(f'{folder}{os.sep}', '')}"
 
 
 def _write_openai(folder: Path, made: Path) -> str:
@@ -66,8 +71,9 @@ def _write_openai(folder: Path, made: Path) -> str:
 
 
 def _write_llama2c(folder: Path, made: Path) -> str:
-    llama2c_tokenizer.write_tok_bin(folder, made.with_name(_OF_LLAMA2C))
-    return _OF_LLAMA2C
+    [path] = written_beside(llama2c.NAME, made)
+    llama2c_tokenizer.write_tok_bin(folder, path)
+    return path.name
 
 
 _WRITERS: dict[str, Callable[[Path, Path], str]] = {openai_tf.NAME: _write_openai, llama2c.NAME: _write_llama2c}

@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +15,8 @@ from kit.checkpoints.formats.safetensors_files import DTYPES, LENGTH
 from kit.errors import UserError
 
 _ALIGNMENT = 8  # of the header's end, in bytes
-_MARKS = ("config.json", "hparams.json")  # of the folders that are written
+_FILES = (".safetensors", ".pt", ".bin")  # any other target is a folder
+REPORT = "conversion.json"  # marks a folder as one that a conversion has written
 _CODES = {dtype: (rank, code) for rank, (code, dtype) in enumerate(DTYPES.items())}
 
 
@@ -98,8 +99,19 @@ def save_pickled(path: Path, content: Mapping[str, Any]) -> None:
         torch.save(dict(content), file)
 
 
-def check_target(source: Path, target: Path, overwrite: bool) -> None:
+def is_folder(target: Path) -> bool:
+    """Tell whether a target is written as a folder; its name says so."""
+    return target.suffix not in _FILES
+
+
+def check_target(source: Path, target: Path, beside: Iterable[Path], overwrite: bool) -> None:
     """Refuse a target that is or holds the source, exists already, or has no folder to lie in.
+
+    Args:
+        source: what is read.
+        target: what is to be written.
+        beside: files that are written with it.
+        overwrite: whether what a conversion has written may be replaced.
 
     Raises:
         UserError: with what stands in the way.
@@ -114,14 +126,15 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: holds the source {source}; name another target")
     if not target.parent.is_dir():
         raise UserError(f"{target}: there is no folder {target.parent}")
-    if not target.exists() and not target.is_symlink():
-        return
-    if not overwrite:
-        raise UserError(f"{target}: exists already; --overwrite replaces it")
-    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in _MARKS):
-        raise UserError(
-            f"{target}: a folder of something else than a model, without {' or '.join(_MARKS)}; not replaced"
-        )
+    if target.is_symlink():
+        raise UserError(f"{target}: is a link; name what it points to, or remove it")
+    if target.exists() and target.is_dir() != is_folder(target):
+        raise UserError(f"{target}: is a {'folder' if target.is_dir() else 'file'} already; name another target")
+    for path in (target, *beside):
+        if (path.exists() or path.is_symlink()) and not overwrite:
+            raise UserError(f"{path}: exists already; --overwrite replaces it")
+    if target.is_dir() and any(target.iterdir()) and not (target / REPORT).is_file():
+        raise UserError(f"{target}: not a folder that a conversion has written (no {REPORT} in it); not replaced")
 
 
 def _same_file(source: Path, target: Path) -> bool:

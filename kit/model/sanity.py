@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,6 +11,10 @@ _SHUFFLES = 8
 _LEAST = 16  # rows and columns below which a spectrum says nothing
 _CLEAR, _NOISE = 20.0, 4.0  # standard errors
 _SHARE = 0.1
+# The list of blocks, the number of one, and a module and its tensor in it: a head's list of layers has no such module.
+_IN_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+\..+)")
+_ALIKE, _BY_CHANCE = 0.4, 3.5  # a correlation of neighbours; standard errors of one between random profiles
+_FEWEST_PROFILES = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class TensorFacts:
         order: by how much the squares of its singular values are more unequal than those of the same entries shuffled
             (0: not at all, 1: twice), or None for vectors and very small matrices.
         errors: the same in standard deviations between shuffles.
+        profiles: by dimension, the size of its values at each index: float32 (size,), without their mean, of length 1.
     """
 
     name: str
@@ -33,6 +38,7 @@ class TensorFacts:
     constant: float | None
     order: float | None = None
     errors: float = 0.0
+    profiles: tuple[torch.Tensor, ...] = field(default=(), compare=False)
 
 
 def examine(name: str, tensor: torch.Tensor) -> TensorFacts:
@@ -41,10 +47,26 @@ def examine(name: str, tensor: torch.Tensor) -> TensorFacts:
     bad = int(tensor.numel() - finite.sum())
     flat = tensor.flatten()
     constant = float(flat[0]) if tensor.numel() > 1 and not bad and bool((flat == flat[0]).all()) else None
-    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else None
-    if matrix is None or bad or constant is not None or min(matrix.shape) < _LEAST:
-        return TensorFacts(name, tensor.dim(), bad, constant)
-    return TensorFacts(name, tensor.dim(), bad, constant, *_order(matrix))
+    # A matrix of one row is a vector, such as the embeddings of one token type.
+    facts = TensorFacts(name, 1 if tensor.shape[:1] == (1,) else tensor.dim(), bad, constant)
+    if bad or constant is not None or not tensor.dim():
+        return facts
+    if tensor.dim() <= 2:
+        facts = replace(facts, profiles=_profiles(tensor))
+    matrix = tensor.reshape(-1, tensor.shape[-1])
+    return facts if min(matrix.shape) < _LEAST or tensor.dim() < 2 else _with_order(facts, matrix)
+
+
+def _with_order(facts: TensorFacts, matrix: torch.Tensor) -> TensorFacts:
+    order, errors = _order(matrix)
+    return replace(facts, order=order, errors=errors)
+
+
+def _profiles(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    values = tensor.float()
+    sizes = [values] if values.dim() == 1 else [values.pow(2).mean(1).sqrt(), values.pow(2).mean(0).sqrt()]
+    centred = [each - each.mean() for each in sizes]
+    return tuple(each / each.norm().clamp_min(1e-30) for each in centred)
 
 
 def _order(matrix: torch.Tensor) -> tuple[float, float]:
@@ -95,8 +117,8 @@ def compare_blocks(facts: Iterable[TensorFacts]) -> Order | None:
     """Compare the matrices of each block with those of the others; None where there are not two blocks of matrices."""
     by_block: dict[str, dict[str, TensorFacts]] = {}
     for each in facts:
-        if each.order is not None and (found := re.fullmatch(r"(.*?\.\d+)\.(.+)", each.name)):
-            by_block.setdefault(found[1], {})[found[2]] = each
+        if each.order is not None and (found := _IN_BLOCK.fullmatch(each.name)):
+            by_block.setdefault(f"{found[1]}.{found[2]}", {})[found[3]] = each
     if len(by_block) < 2:
         return None
     medians = {block: _median(f.order for f in own.values()) for block, own in by_block.items()}
@@ -116,6 +138,59 @@ def compare_blocks(facts: Iterable[TensorFacts]) -> Order | None:
             ):
                 matrices.append(fact.name)
     return Order(bool(clear), shuffled, matrices, min(medians.values()), max(medians.values()))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How many of a block's tensors are sized, channel by channel, as in neither neighbour.
+
+    Attributes:
+        block: its name.
+        strange: such tensors.
+        judged: tensors that in other blocks are sized as in a neighbour.
+    """
+
+    block: str
+    strange: list[str]
+    judged: int
+
+
+def compare_neighbours(facts: Iterable[TensorFacts]) -> list[Alignment]:
+    """Compare how large the values of each channel are in a block and in those before and after it.
+
+    All blocks read and write one stream of channels, some of which are large and some small throughout: tensors whose
+    rows or columns were reordered no longer know which. The first and the last block differ in sound models too, and
+    are not judged.
+    """
+    lists: dict[str, dict[str, dict[int, TensorFacts]]] = {}
+    for each in facts:
+        if each.profiles and (found := _IN_BLOCK.fullmatch(each.name)):
+            lists.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = each
+    alignments: dict[str, Alignment] = {}
+    for prefix, tensors in lists.items():
+        for blocks in tensors.values():
+            for axis in range(max(len(fact.profiles) for fact in blocks.values())):
+                _align(prefix, blocks, axis, alignments)
+    return [each for each in alignments.values() if each.judged >= _FEWEST_PROFILES]
+
+
+def _align(prefix: str, blocks: dict[int, TensorFacts], axis: int, found: dict[str, Alignment]) -> None:
+    """Enter what one dimension of one tensor tells of each block."""
+    profiles = {number: fact.profiles[axis] for number, fact in blocks.items()}
+    if len({len(profile) for profile in profiles.values()}) > 1 or len(profiles) < 4:
+        return
+    near = {
+        number: max(float(profile @ profiles[other]) for other in (number - 1, number + 1) if other in profiles)
+        for number, profile in profiles.items()
+        if {number - 1, number + 1} & profiles.keys()
+    }
+    for number in sorted(near)[1:-1]:
+        others = [value for other, value in near.items() if other != number]
+        if _median(others) > _ALIKE:
+            block = found.setdefault(f"{prefix}.{number}", Alignment(f"{prefix}.{number}", [], 0))
+            strange = near[number] * len(profiles[number]) ** 0.5 < _BY_CHANCE
+            names = [*block.strange, blocks[number].name] if strange else block.strange
+            found[block.block] = Alignment(block.block, names, block.judged + 1)
 
 
 def _median(values: Iterable[float]) -> float:

@@ -64,7 +64,7 @@ def test_the_folder_of_the_model_is_found_in_a_checkpoint_of_accelerate(tmp_path
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     checkpoint = read_checkpoint(tmp_path)
     check(checkpoint)
-    assert checkpoint.settings == {"config": {"model_type": "gpt2"}}
+    assert checkpoint.settings == {"config.json": {"model_type": "gpt2"}}
 
 
 def _train(rank, folder):

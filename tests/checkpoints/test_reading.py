@@ -44,7 +44,7 @@ def test_a_folder_means_the_file_in_it_with_the_configuration_beside(tmp_path, n
     for path in (tmp_path, tmp_path / name):
         checkpoint = read_checkpoint(path)
         check(checkpoint)
-        assert checkpoint.settings["config"] == {"model_type": "gpt2"}
+        assert checkpoint.settings["config.json"] == {"model_type": "gpt2"}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -71,7 +71,7 @@ def test_a_run_directory_means_its_model(tmp_path):
     (tmp_path / "scorecard.json").write_text("{}")
     checkpoint = read_checkpoint(tmp_path)
     check(checkpoint)
-    assert checkpoint.settings["config"] == {"model_type": "gpt2"}
+    assert checkpoint.settings["config.json"] == {"model_type": "gpt2"}
 
 
 def test_a_configuration_that_is_broken_is_refused(tmp_path):
@@ -82,13 +82,13 @@ def test_a_configuration_that_is_broken_is_refused(tmp_path):
             read_checkpoint(tmp_path)
 
 
-def test_of_two_configurations_the_one_beside_the_file_counts_and_this_is_told(tmp_path):
+def test_of_two_configurations_each_is_kept_under_its_own_name(tmp_path):
     torch.save({"model": STATE, "config": {"lr": 1}}, tmp_path / "ckpt.pt")
     assert read_checkpoint(tmp_path / "ckpt.pt").settings["config"] == {"lr": 1}
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     checkpoint = read_checkpoint(tmp_path / "ckpt.pt")
-    assert checkpoint.settings["config"] == {"model_type": "gpt2"}
-    assert "the file's own `config` was left out for the config.json beside it" in checkpoint.notes
+    assert checkpoint.settings["config.json"] == {"model_type": "gpt2"}
+    assert checkpoint.settings["config"] == {"lr": 1}
 
 
 def test_an_adapter_is_refused_with_the_command_that_merges_it(tmp_path):

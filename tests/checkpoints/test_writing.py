@@ -190,35 +190,37 @@ def test_the_source_is_never_a_target(tmp_path, source, overwrite):
         (source, tmp_path, "holds the source"),
     ):
         with pytest.raises(UserError, match=reason):
-            check_target(one, other, overwrite)
+            check_target(one, other, (), overwrite)
 
 
 def test_a_new_name_is_a_target(tmp_path, source):
-    check_target(source, tmp_path / "new", overwrite=False)
-    check_target(source, tmp_path / "source2", overwrite=False)
-    check_target(source / "model.safetensors", source / "other.safetensors", overwrite=False)
+    check_target(source, tmp_path / "new", (), overwrite=False)
+    check_target(source, tmp_path / "source2", (), overwrite=False)
+    check_target(source / "model.safetensors", source / "other.safetensors", (), overwrite=False)
 
 
 def test_what_exists_is_replaced_only_on_request(tmp_path, source):
     (tmp_path / "x.pt").write_bytes(b"x")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
-    for name in ("x.pt", "nowhere", "empty"):
+    with pytest.raises(UserError, match="is a link"):
+        check_target(source, tmp_path / "nowhere", (), overwrite=True)
+    for name in ("x.pt", "empty"):
         with pytest.raises(UserError, match="exists already; --overwrite replaces it"):
-            check_target(source, tmp_path / name, overwrite=False)
-        check_target(source, tmp_path / name, overwrite=True)
+            check_target(source, tmp_path / name, (), overwrite=False)
+        check_target(source, tmp_path / name, (), overwrite=True)
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path, source):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="a folder of something else than a model"):
-        check_target(source, tmp_path / "home", overwrite=True)
-    (tmp_path / "home" / "config.json").write_text("{}")
-    check_target(source, tmp_path / "home", overwrite=True)
+    with pytest.raises(UserError, match="not a folder that a conversion has written"):
+        check_target(source, tmp_path / "home", (), overwrite=True)
+    (tmp_path / "home" / "conversion.json").write_text("{}")
+    check_target(source, tmp_path / "home", (), overwrite=True)
 
 
 def test_a_target_needs_a_folder_to_lie_in(tmp_path, source):
     for target in (tmp_path / "none" / "x.pt", source.parent / "x" / "y"):
         with pytest.raises(UserError, match="there is no folder"):
-            check_target(source, Path(target), overwrite=True)
+            check_target(source, Path(target), (), overwrite=True)

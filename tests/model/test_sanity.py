@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kit.model.sanity import compare_blocks, examine
+from kit.model.sanity import compare_blocks, compare_neighbours, examine
 
 
 def random(*shape, seed=0):
@@ -118,3 +118,58 @@ def test_untrained_blocks_are_told_as_such_and_none_is_named():
 def test_one_block_alone_cannot_be_compared():
     assert compare(blocks(trained, 1)) is None
     assert compare({"wte.weight": trained()}) is None
+
+
+def _stack(blocks, seed=0):
+    """Blocks of a model in which some channels are large throughout, and what each block does is its own."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.rand(96, generator=generator) ** 3 + 0.05
+    tensors = {}
+    for number in range(blocks):
+        for name, shape, scale in (
+            ("attn.qkv.weight", (288, 96), channels),
+            ("attn.out.weight", (96, 96), channels[:, None]),
+            ("mlp.up.weight", (384, 96), channels),
+            ("norm.one.weight", (96,), channels),
+            ("norm.two.weight", (96,), channels),
+        ):
+            noise = torch.randn(shape, generator=generator)
+            tensors[f"model.layers.{number}.{name}"] = noise * scale if len(shape) > 1 else 1 + noise * 0.1 + scale
+    return tensors
+
+
+def _strange(tensors):
+    found = compare_neighbours([examine(name, tensor) for name, tensor in tensors.items()])
+    return {each.block: len(each.strange) / each.judged for each in found}
+
+
+def test_blocks_agree_on_which_channels_are_large():
+    assert _strange(_stack(6)) == {f"model.layers.{number}": 0 for number in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 3, 4])
+def test_rows_in_another_order_are_seen_by_the_neighbours(damaged):
+    tensors = _stack(6)
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.startswith(f"model.layers.{damaged}.")]:
+        for axis in range(tensors[name].dim()):
+            order = torch.randperm(tensors[name].shape[axis], generator=generator)
+            tensors[name] = tensors[name].index_select(axis, order)
+    found = _strange(tensors)
+    assert found.pop(f"model.layers.{damaged}") >= 0.8
+    assert set(found.values()) == {0}
+
+
+def test_what_never_agreed_is_not_judged():
+    """Weights at random, three blocks, and the layers of a head, which are no blocks."""
+    random = {f"model.layers.{n}.mlp.up.weight": torch.randn(64, 96) for n in range(6)}
+    assert _strange(random) == {}
+    assert _strange(_stack(3)) == {}
+    head = {f"classifier.{n}.weight": torch.randn(64, 64) for n in (0, 3)}
+    assert compare_blocks([examine(name, tensor) for name, tensor in head.items()]) is None
+
+
+def test_a_row_of_zeros_is_a_vector():
+    """RoBERTa has the embeddings of one token type."""
+    facts = examine("embeddings.token_type_embeddings.weight", torch.zeros(1, 32))
+    assert (facts.dim, facts.constant) == (1, 0)

@@ -156,6 +156,8 @@ def _find_prefix(tf: ModuleType, folder: Path) -> Path:
         named = None
     indexes = sorted(folder.glob("*.index"))
     if named is not None:
+        if Path(named).parent.resolve() != folder.resolve():  # a copied folder names the one that it came from
+            raise UserError(f"{folder / 'checkpoint'}: names {named}, which is in another folder")
         return Path(named)
     if len(indexes) != 1:
         found = ", ".join(path.name for path in indexes) or "no file .index"

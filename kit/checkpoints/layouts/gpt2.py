@@ -39,7 +39,11 @@ def stated(checkpoint: Checkpoint, key: str, names: Mapping[str, str]) -> Settin
     Raises:
         UserError: what is there is no dictionary.
     """
-    said = checkpoint.settings.get(key, {})
+    said = checkpoint.settings.get(key)
+    if said is None:  # a config.json beside the file may be another model's, so it never counts before the file's own
+        beside = checkpoint.settings.get("config.json", {})
+        told = beside if beside.get("model_type") == "gpt2" else {}
+        return {name: told[name] for name in names if name in told}
     if not isinstance(said, Mapping):
         raise UserError(f"{checkpoint.path}: `{key}` is {type(said).__name__}; expected a dictionary of settings")
     return {hf: said[own] for hf, own in names.items() if own in said}

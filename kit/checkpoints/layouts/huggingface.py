@@ -1,6 +1,8 @@
 """Hugging Face's own layout: a model folder with config.json, or its bare tensors beside one."""
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kit.checkpoints.checkpoint import Checkpoint, LazyTensor
 from kit.errors import UserError
+from kit.names import fold_names
 
 NAME = "hf"
+CONFIG = "config.json"  # where settings keep the one that lies beside a checkpoint
 ABOUT = "Hugging Face's model folder: config.json, model.safetensors, tokenizer."
 # Constants that older versions wrote beside the weights.
-BUFFERS = (r".*\.attn\.(bias|masked_bias)", r".*rotary_emb\.inv_freq")
+BUFFERS = (r".*\.(attn|attention)\.(bias|masked_bias)", r".*rotary_emb\.inv_freq")
 SUFFIXES = ("",)
 
 
@@ -30,8 +34,13 @@ def tied_names(config: PreTrainedConfig) -> set[str]:
 
 
 def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    return _built(type(config), config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=4)
+def _built(kind: type[PreTrainedConfig], config: str) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config)))
 
 
 def read_config(checkpoint: Checkpoint, given: Mapping[str, Any]) -> PreTrainedConfig:
@@ -40,14 +49,22 @@ def read_config(checkpoint: Checkpoint, given: Mapping[str, Any]) -> PreTrainedC
     Raises:
         UserError: there is none, or what is given disagrees with it.
     """
-    stored = checkpoint.settings.get("config")
+    stored = checkpoint.settings.get(CONFIG) or checkpoint.settings.get("config")
     if not isinstance(stored, dict) or "model_type" not in stored:
-        raise UserError(f"{checkpoint.path}: no config.json beside it; expected Hugging Face's model folder")
+        raise UserError(
+            f"{checkpoint.path}: no config.json beside it; expected Hugging Face's model folder, or --config"
+        )
     for name, value in given.items():
         if stored.get(name, value) != value:
             raise UserError(f"{checkpoint.path}: --set says {name} {value}, config.json {stored[name]}")
     stored = {**stored, **given}
-    return AutoConfig.for_model(stored.pop("model_type"), **stored)
+    try:
+        config = AutoConfig.for_model(stored.pop("model_type"), **stored)
+        expected_shapes(config)
+    except Exception as error:  # each architecture fails in its own way
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint.path}: config.json describes no causal language model: {reason}") from error
+    return config
 
 
 def rename(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[dict[str, LazyTensor], list[str]]:
@@ -96,14 +113,15 @@ def embeddings_name(config: PreTrainedConfig) -> str:
     return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
 
-def fits(checkpoint: Checkpoint) -> bool:
-    """Tell whether the configuration beside a checkpoint describes its tensors, by names and shapes."""
-    if "config" not in checkpoint.settings:
-        return False
+def why_not(checkpoint: Checkpoint) -> str | None:
+    """Return why the configuration beside a checkpoint does not describe its tensors, by names and shapes, or None."""
     try:
         config = read_config(checkpoint, {})
-        tensors, _ = rename(checkpoint, config)
-        expected = expected_shapes(config)
-    except (UserError, KeyError, ValueError):  # a configuration of other code
-        return False
-    return all(name in tensors and tensors[name].shape == shape for name, shape in expected.items())
+    except UserError as error:
+        return str(error)
+    tensors, _ = rename(checkpoint, config)
+    expected = expected_shapes(config)
+    if missing := [name for name in expected if name not in tensors]:
+        return f"config.json describes tensors that are not there: {fold_names(missing)}"
+    wrong = [f"`{n}` {tensors[n].shape}, not {shape}" for n, shape in expected.items() if tensors[n].shape != shape]
+    return f"config.json describes other shapes: {'; '.join(wrong[:3])}" if wrong else None
