@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,19 +104,17 @@ def convert(
     _tell(model.report)
     _check_count(model)
     shared_rows = min(_rows(model), vocab_size or _rows(model))
-    if vocab_size:
-        model = _with_rows(model, vocab_size)
+    model = _with_rows(model, vocab_size) if vocab_size else model
     named = Path(tokenizer or source), bool(tokenizer), layout
+    facts = {"from": layout.NAME, "to": into.NAME, "source": Path(source).name, "format": checkpoint.format}
     try:
         with _made_beside(place, overwrite) as made:
-            became = _convert_tokenizer(into, *named, made, model.config)
+            facts["tokenizer"] = _convert_tokenizer(into, *named, made, model.config)
             found = _write(model, into, made, switches, allow)
             dropped = sum(model.tensors[name].parameters for name in (*found.zeros, *found.twice))
             outcome = _prove(model, into, made, shared_rows, dropped) if verify else None
-            facts = {"from": layout.NAME, "to": into.NAME, "source": Path(source).name, "format": checkpoint.format}
             facts |= {"config": model.config.to_diff_dict(), "read": asdict(model.report), "written": asdict(found)}
-            facts |= {"tokenizer": became, "proof": outcome and asdict(outcome)}
-            write_json(_report_of(made), facts)
+            write_json(_report_of(made), {**facts, "proof": outcome and asdict(outcome)})
     except OSError as error:
         raise UserError(disk_fault(error) or f"{target}: cannot be written: {error.strerror or error}") from error
     say(f"to: {target}, layout {into.NAME}; what was done is in {_report_of(place)}")
@@ -282,9 +281,10 @@ def _write(model: _Model, layout: ModuleType, made: Path, given: Mapping[str, An
         model.config.architectures = [huggingface.model_class(model.config).__name__]
         model.config.save_pretrained(made)
         special = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in _SPECIAL}
-        GenerationConfig(**{name: number for name, number in special.items() if number is not None}).save_pretrained(
-            made
-        )
+        settings = GenerationConfig(**{key: number for key, number in special.items() if number is not None})
+        settings.save_pretrained(made)
+        if model.generation:  # it may end texts by other ids than the configuration's
+            shutil.copyfile(model.generation, made / GENERATION_CONFIG_NAME)
         write_safetensors(made / _WEIGHTS, tensors, {"format": "pt"})
         return Report()
     own, settings, report = from_hf(tensors, model.config, layout, given, allow)

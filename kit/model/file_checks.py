@@ -89,12 +89,11 @@ def check_channels(alignments: list[Alignment]) -> Check:
     name = "channels of blocks"
     if not alignments:
         return Check(name, "-", NONE, "no three neighbouring blocks agree on which channels are large")
-    worst = max(alignments, key=lambda each: len(each.strange) / each.judged)
-    share = len(worst.strange) / worst.judged
+    worst = max(alignments, key=lambda each: (bool(each.certain), len(each.strange) / each.judged))
     figure = f"at most {len(worst.strange)} of {worst.judged} tensors of a block unlike its neighbours'"
-    found = [each.block for each in alignments if len(each.strange) / each.judged >= _STRANGE]
+    found = [each.block for each in alignments if each.certain or len(each.strange) / each.judged >= _STRANGE]
     reason = f"tensors whose rows or columns are in another order than those around them: {', '.join(found[:8])}"
-    return Check(name, figure, FAIL if share >= _STRANGE else OK, reason if found else "")
+    return Check(name, figure, FAIL if found else OK, reason if found else "")
 
 
 def check_head(section: ModelSection, architecture: Architecture, tensors: list[StoredTensor]) -> Check:

@@ -13,7 +13,9 @@ _CLEAR, _NOISE = 20.0, 4.0  # standard errors
 _SHARE = 0.1
 # The list of blocks, the number of one, and a module and its tensor in it: a head's list of layers has no such module.
 _IN_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+\..+)")
-_ALIKE, _BY_CHANCE = 0.4, 3.5  # a correlation of neighbours; standard errors of one between random profiles
+# Correlations of neighbours, and standard errors of one between random profiles.
+_ALIKE, _VERY_ALIKE, _BY_CHANCE = 0.4, 0.7, 3.5
+_REACH = 2  # blocks on either side
 _FEWEST_PROFILES = 4
 
 
@@ -147,11 +149,13 @@ class Alignment:
     Attributes:
         block: its name.
         strange: such tensors.
+        certain: those of them that all other blocks, the first and the last too, are very much alike in.
         judged: tensors that in other blocks are sized as in a neighbour.
     """
 
     block: str
     strange: list[str]
+    certain: list[str]
     judged: int
 
 
@@ -179,18 +183,26 @@ def _align(prefix: str, blocks: dict[int, TensorFacts], axis: int, found: dict[s
     profiles = {number: fact.profiles[axis] for number, fact in blocks.items()}
     if len({len(profile) for profile in profiles.values()}) > 1 or len(profiles) < 4:
         return
+    # The next but one too: with the nearest alone, a damaged block would take the first's only likeness from its other
+    # neighbour.
     near = {
-        number: max(float(profile @ profiles[other]) for other in (number - 1, number + 1) if other in profiles)
+        number: max(float(profile @ profiles[other]) for other in profiles if 0 < abs(other - number) <= _REACH)
         for number, profile in profiles.items()
-        if {number - 1, number + 1} & profiles.keys()
     }
-    for number in sorted(near)[1:-1]:
-        others = [value for other, value in near.items() if other != number]
+    numbers = sorted(near)
+    for number in numbers[1:-1]:
+        others = [near[other] for other in numbers[1:] if other != number]
+        strange = near[number] * len(profiles[number]) ** 0.5 < _BY_CHANCE
+        certain = strange and min(*others, near[numbers[0]]) > _VERY_ALIKE
         if _median(others) > _ALIKE:
-            block = found.setdefault(f"{prefix}.{number}", Alignment(f"{prefix}.{number}", [], 0))
-            strange = near[number] * len(profiles[number]) ** 0.5 < _BY_CHANCE
-            names = [*block.strange, blocks[number].name] if strange else block.strange
-            found[block.block] = Alignment(block.block, names, block.judged + 1)
+            block = found.setdefault(f"{prefix}.{number}", Alignment(f"{prefix}.{number}", [], [], 0))
+            name = [blocks[number].name]
+            found[block.block] = Alignment(
+                block.block,
+                block.strange + (name if strange else []),
+                block.certain + (name if certain else []),
+                block.judged + 1,
+            )
 
 
 def _median(values: Iterable[float]) -> float:
