@@ -99,6 +99,8 @@ def verify(model: str, *, text: str | None, prompt: str | None, revision: str | 
     quiet_libraries()
     if not model.strip():
         raise UserError("MODEL: found nothing; expected a model folder, a run directory or a name on the Hub")
+    if Path(model).is_file():
+        raise UserError(f"{model} is a file; expected a model folder, which `kit convert` makes of a checkpoint")
     name = model_of(model)
     section = ModelSection(name_or_path=name, revision=revision)
     if holds_adapter(section):

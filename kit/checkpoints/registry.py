@@ -91,7 +91,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[ModuleType, str]:
             continue
         return FOREIGN[name], f"its {scores[name][0]:,} names are this layout's, and their shapes fit"
     if faults:
-        raise UserError(f"{next(iter(faults.values()))}. Hugging Face's own: {not_hf}")
+        raise UserError(f"{not_hf}. As another layout: {next(iter(faults.values()))}")
     best = max(scores, key=lambda name: scores[name][0])
     found, unknown = scores[best]
     if not found:

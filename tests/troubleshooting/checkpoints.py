@@ -158,7 +158,12 @@ def file_for_a_folder(lab):
     return ["convert", "model", "converted.safetensors"]
 
 
-@case(GROUP, "a folder of other things in the place of a model", "thesis: a folder of something else", "not replaced")
+@case(
+    GROUP,
+    "a folder of other things in the place of a model",
+    "thesis: not a folder that a conversion has written",
+    "not replaced",
+)
 def folder_of_other_things(lab):
     lab.write("thesis/thesis.tex", "years of work")
     return ["convert", "model", "thesis", "--overwrite"]
@@ -180,7 +185,9 @@ def no_room(*arguments):
 # ---- verify, interpolate, export
 
 
-@case(AFTER, "a checkpoint of other code to verify", "`own.safetensors` is a file; expected a folder")
+@case(
+    AFTER, "a checkpoint of other code to verify", "own.safetensors is a file; expected a model folder", "kit convert"
+)
 def file_to_verify(lab):
     own(lab)
     return ["verify", "own.safetensors"]
