@@ -111,6 +111,22 @@ def test_real_models_fail_with_one_block_shuffled(checked, changed, name, block)
 
 
 @needs_data
+@needs_data
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_a_real_model_with_columns_out_of_order_in_one_block_fails_by_its_channels(checked, changed, block):
+    """Neither spectrum nor loss shows it."""
+
+    def alter(tensors):
+        generator = torch.Generator().manual_seed(block)
+        for name in [name for name in tensors if f".h.{block}." in name and tensors[name].dim() == 2]:
+            tensors[name] = tensors[name][:, torch.randperm(tensors[name].shape[1], generator=generator)]
+
+    passed, found = checked(changed(DATA / "base_novels", alter))
+    assert not passed
+    assert found["channels of blocks"]["verdict"] == "FAIL"
+    assert f"h.{block}" in found["channels of blocks"]["reason"]
+
+
 def test_a_block_whose_rows_are_out_of_order_does_harm(checked, changed):
     """Reordered rows leave the singular values as they are; only what the block does to the loss tells."""
 
@@ -130,6 +146,15 @@ def test_a_trained_model_passes_on_text_that_it_knows(checked, trained, text):
     assert passed, checks
     assert checks["order in matrices"]["verdict"] == checks["blocks"]["verdict"] == "ok"
     assert checks["loss of the text"]["verdict"] == checks["order of tokens"]["verdict"] == "ok"
+
+
+def test_a_text_of_few_tokens_tells_nothing_of_blocks(checked, trained, tmp_path):
+    """No standard error can be had of one piece: a sound model would fail by it."""
+    (tmp_path / "short.txt").write_text(" ".join(documents(1, seed=1))[:60])
+    passed, found = checked(trained, text=str(tmp_path / "short.txt"))
+    assert found["order of tokens"]["verdict"] == found["blocks"]["verdict"] == "not applicable"
+    assert "or more" in found["blocks"]["reason"]
+    assert passed
 
 
 def test_the_perplexity_is_that_of_the_whole_text(checked, trained, text):
@@ -241,6 +266,18 @@ def test_mixed_dtypes_are_told(checked, changed, tiny_models):
     _, checks = checked(changed(tiny_models(), halve))
     assert checks["dtypes"]["verdict"] == "warn"
     assert "transformer.ln_f.bias" in checks["dtypes"]["reason"]
+
+
+def test_of_mixed_dtypes_the_rare_ones_are_named(checked, changed, tiny_models):
+    """Whichever comes first in the file."""
+
+    def alter(tensors):
+        for name in tensors:
+            if name != min(tensors):
+                tensors[name] = tensors[name].bfloat16()
+
+    _, found = checked(changed(tiny_models("gpt2"), alter))
+    assert found["dtypes"]["reason"].count(".weight") + found["dtypes"]["reason"].count(".bias") == 1
 
 
 def test_a_tokenizer_with_more_ids_than_rows_fails(checked, tmp_path):

@@ -318,7 +318,7 @@ def test_a_byte_that_another_encoding_lacks_is_told(write):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (gzip.compress(b"text" * 100), "gzip data; name it"),
+        (gzip.compress(b"text" * 100, mtime=0), "gzip data; name it"),
         (bz2.compress(b"text" * 100), "bzip2 data; name it"),
         (lzma.compress(b"text" * 100), "xz data; name it"),
         (zstd(b"text" * 100), "zstd data; name it"),
