@@ -18,6 +18,7 @@ _INDEX = ".index.json"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HEAD = 64
 _MOST_LISTED = 12
 _EXPECTED = "safetensors, torch.save's files, llama2.c's, or a folder of one of them"
@@ -47,7 +48,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if path.is_symlink():
             raise UserError(f"{path}: a link to {path.readlink()}, which does not exist")
         near = suggest(path.name, [each.name for each in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no such file or folder{near}")
+        hub = "; names on the Hub are not taken, download the files first" if _HUB_NAME.fullmatch(str(path)) else ""
+        raise UserError(f"{path}: no such file or folder{near or hub}")
     try:
         checkpoint = _read_folder(path) if path.is_dir() else _read_file(path)
         checkpoint = _with_config(checkpoint)

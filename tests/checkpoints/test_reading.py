@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,3 +277,8 @@ def test_a_file_without_permission_is_told(tmp_path):
     (tmp_path / "x.pt").chmod(0)
     with pytest.raises(UserError, match=r"x\.pt: cannot be read: Permission denied"):
         read_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_name_on_the_hub_is_told_as_that():
+    with pytest.raises(UserError, match="no such file or folder; names on the Hub are not taken"):
+        read_checkpoint(Path("openai-community/gpt2"))
