@@ -111,7 +111,6 @@ def test_real_models_fail_with_one_block_shuffled(checked, changed, name, block)
 
 
 @needs_data
-@needs_data
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_a_real_model_with_columns_out_of_order_in_one_block_fails_by_its_channels(checked, changed, block):
     """Neither spectrum nor loss shows it."""
@@ -127,6 +126,7 @@ def test_a_real_model_with_columns_out_of_order_in_one_block_fails_by_its_channe
     assert f"h.{block}" in found["channels of blocks"]["reason"]
 
 
+@needs_data
 def test_a_block_whose_rows_are_out_of_order_does_harm(checked, changed):
     """Reordered rows leave the singular values as they are; only what the block does to the loss tells."""
 
