@@ -13,6 +13,14 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 ARGS ?=
 RECIPE ?=
 LAUNCH ?=
+# Of `make slurm`: machines, GPUs on each, and other options of sbatch, such as SBATCH="--partition=gpu --time=48:00:00".
+NODES ?= 1
+GPUS ?= 1
+SBATCH ?=
+# Of `make train`: other options of accelerate launch, such as LAUNCHER="--num_processes 4".
+LAUNCHER ?=
+# Launch files of a single process, whose launcher dies of a signal without passing it on.
+ONE_PROCESS := cpu single_gpu
 
 .PHONY: help
 help:  ## Show the targets
@@ -54,16 +62,33 @@ train: $(INSTALLED)  ## Train RECIPE, with LAUNCH=<accelerate_configs/…> in se
 ifeq ($(LAUNCH),)
 	$(BIN)/kit train $(RECIPE) $(ARGS)
 else
-	@test -f accelerate_configs/$(LAUNCH).yaml || { echo "LAUNCH=$(LAUNCH): no such launch file; there are:" \
-	  $(patsubst accelerate_configs/%.yaml,%,$(wildcard accelerate_configs/*.yaml)); exit 2; }
+	@$(has_launch_file)
 	@# The launcher turns every exit code but 0 into 1: how the run ended is read from its manifest.
-	@echo "$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS)"
-	@# A signal has to reach the launcher: the shell would die of it and leave the run behind.
-	@$(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml -m kit train $(RECIPE) $(ARGS) & pid=$$!; \
-	  trap 'kill -TERM $$pid' TERM INT; code=0; wait $$pid || code=$$?; \
+	@echo "$(launch_line)"
+	@# A signal has to reach the launcher, or its process: the shell would die of it and leave the run behind.
+	@$(launch_line) & pid=$$!; \
+	  trap '$(if $(filter $(ONE_PROCESS),$(LAUNCH)),pkill -TERM -P,kill -TERM) $$pid' TERM INT; code=0; wait $$pid || code=$$?; \
 	  while kill -0 $$pid 2>/dev/null; do code=0; wait $$pid || code=$$?; done; \
 	  test $$code = 0 || { $(BIN)/kit status $(RECIPE) $(ARGS) && exit 1; }
 endif
+
+launch_line = $(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml $(LAUNCHER) -m kit train $(RECIPE) $(ARGS)
+has_launch_file = test -f accelerate_configs/$(LAUNCH).yaml || { echo "LAUNCH=$(LAUNCH): no such launch file; there are:" \
+  $(patsubst accelerate_configs/%.yaml,%,$(wildcard accelerate_configs/*.yaml)); exit 2; }
+
+.PHONY: slurm
+slurm: LAUNCH := $(or $(LAUNCH),multi_node)
+slurm: $(INSTALLED)  ## Train RECIPE as a SLURM job on NODES machines with GPUS on each
+	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make slurm RECIPE=recipes/text/lm_gpt2_full.yaml NODES=2 GPUS=8"; exit 2; }
+	@$(has_launch_file)
+	@test -z "$(filter $(ONE_PROCESS),$(LAUNCH))" || { echo "LAUNCH=$(LAUNCH): its launcher would not pass on the" \
+	  "signal that the slot ends; leave LAUNCH out, which starts as many processes as there are GPUs"; exit 2; }
+	@mkdir -p runs/slurm
+	@echo "$(slurm_line)"
+	@$(slurm_line)
+
+slurm_line = sbatch --job-name=$(basename $(notdir $(RECIPE))) --nodes=$(NODES) $(if $(filter-out 0,$(GPUS)),--gpus-per-node=$(GPUS)) \
+  --output=runs/slurm/%x-%j.out $(SBATCH) accelerate_configs/slurm.sbatch $(LAUNCH) $(RECIPE) $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED)  ## Find what is wrong with RECIPE without training it; ARGS=--probe runs two steps
