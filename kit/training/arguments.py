@@ -17,6 +17,8 @@ from kit.model.precision import has_accelerator, supports_bf16
 from kit.recipe.models import Recipe
 from kit.training.parameter_groups import check_follows_steps, check_takes_groups
 
+_NO_SHARDS = "FSDP and DeepSpeed are ignored on CPUs: the run would be plain DDP; leave them out"
+
 
 def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path) -> tuple[TrainingArguments, str]:
     """Return the arguments of a run, and a line that says which precision was chosen and why.
@@ -27,7 +29,11 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
         UserError: the values contradict each other.
     """
     values = dict(recipe.training)
-    on_cpu = values.get("use_cpu") or not has_accelerator()
+    # What accelerate's `use_cpu` sets; it alone would not keep a run off the GPUs, since Trainer passes its own on.
+    asked_for_cpu = values.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU") == "true"
+    on_cpu = asked_for_cpu or not has_accelerator()
+    if on_cpu and "true" in map(os.environ.get, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")):
+        raise UserError(_NO_SHARDS)
     precision = _choose_precision(values, on_cpu)
     kit_values = {
         "output_dir": str(checkpoints.absolute()),
@@ -57,8 +63,8 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
         raise UserError(f"training: {' '.join(str(error).split())}") from error
     _check_buildable(args)
     _check_plan(recipe, args)
-    if args.device.type == "cpu" and (args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
-        raise UserError("FSDP and DeepSpeed are ignored on CPUs: the run would be plain DDP; leave them out")
+    if args.device.type == "cpu" and (args.fsdp or args.deepspeed):
+        raise UserError(_NO_SHARDS)
     if args.fp16 and args.device.type == "cpu":
         raise UserError("training.fp16: a CPU multiplies fp16 a hundred times slower than fp32; leave it out")
     _check_evaluation(recipe, task, args)

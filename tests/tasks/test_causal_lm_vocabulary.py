@@ -50,6 +50,7 @@ def test_arguments_of_a_plan_in_shards(write_recipe, tmp_path, monkeypatch):
     make_training_arguments(recipe, causal_lm, tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     # Nothing is cut into shards on a CPU, which is refused for itself.
+    monkeypatch.setattr("kit.training.arguments.has_accelerator", lambda: True)
     monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("cuda")))
     make_training_arguments(recipe.model_copy(update={"freezing": None}), causal_lm, tmp_path)
     with pytest.raises(UserError, match=r"freezing: not with FSDP"):

@@ -113,6 +113,20 @@ def test_use_cpu_asks_the_cpu_although_there_is_a_gpu(make, monkeypatch):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is refused on CPUs only")
+def test_a_launch_file_that_asks_for_the_cpu_is_heard(make, monkeypatch):
+    """Trainer tells accelerate what it wants itself, and would take the GPU."""
+    monkeypatch.setattr("kit.training.arguments.has_accelerator", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    args, _ = make()
+    assert args.use_cpu
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_shards_that_a_launch_file_asks_for_on_a_cpu(refusal, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    assert "FSDP and DeepSpeed are ignored on CPUs" in refusal()
+
+
 @pytest.mark.parametrize("training", [{"fp16": True}, {"fp16": True, "use_cpu": True}])
 def test_fp16_on_a_cpu(refusal, training):
     assert refusal(training).startswith("training.fp16: ")
