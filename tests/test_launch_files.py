@@ -22,6 +22,8 @@ from accelerate.utils.launch import (
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "accelerate_configs"
+# As by hand: a make that runs the tests would pass on its options, and one within it tells of folders that it enters.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 SBATCH = FOLDER / "slurm.sbatch"
 #             started by accelerate as, machines, processes
 TOPOLOGIES = {
@@ -191,7 +193,7 @@ def cluster(tmp_path):
         fake.write_text("\n".join([f"#!{sys.executable}", imports, more, note, body]))
         fake.chmod(0o755)
     environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PET_"))},
+        **{k: v for k, v in ENVIRONMENT.items() if not k.startswith(("SLURM", "PET_"))},
         "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -284,11 +286,11 @@ def test_how_the_run_stands_decides_how_a_slurm_job_ends(cluster, launcher, stat
 # ---- make
 
 
-def make(*words, **options):
+def make(*words):
     command = ["make", "--old-file=.venv/.installed", f"BIN={Path(sys.executable).parent}", *map(str, words)]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        **options,
+        env=ENVIRONMENT,
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_the_sweep_sees_every_file():
         "text/lm_smollm2_full.yaml",
     ]
     assert len(RECIPES) == 29
-    assert [path.stem for path in LAUNCH_FILES] == ["cpu_2proc"]
+    assert len(LAUNCH_FILES) == 9
 
 
 @pytest.mark.parametrize("name", RECIPES)
