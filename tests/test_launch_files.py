@@ -22,8 +22,9 @@ from accelerate.utils.launch import (
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "accelerate_configs"
-# As by hand: a make that runs the tests would pass on its options, and one within it tells of folders that it enters.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+# As by hand: a make that runs the tests passes on its options and variables, and one within it tells of its folders.
+OF_MAKE = "MAKEFLAGS MAKELEVEL MFLAGS MAKEOVERRIDES ARGS RECIPE LAUNCH LAUNCHER NODES GPUS SBATCH".split()
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OF_MAKE}
 SBATCH = FOLDER / "slurm.sbatch"
 #             started by accelerate as, machines, processes
 TOPOLOGIES = {
