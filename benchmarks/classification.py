@@ -4,9 +4,9 @@
 
 Each seed splits the data anew (where it has no test of its own) and draws a head of its own; all ways and baselines
 of a seed see the same rows. Without a file it tells the packages of docstrings apart, with the model of `make demo`,
-which has to have run. Of `RATES` that for all weights was chosen on validation with a seed that is not reported, the
-others are first guesses; `--sweep` chooses them all in that way. Writes benchmarks/results/classification.json, and
-prints the tables that docs/classification.md shows.
+which has to have run. Of `RATES` that for all weights was chosen for spam and TREC on validation with a seed that is
+not reported, the others are first guesses; `--sweep` chooses them all in that way. Writes
+benchmarks/results/classification.json, and prints the tables that docs/classification.md shows.
 """
 
 import argparse

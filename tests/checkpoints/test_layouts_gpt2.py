@@ -12,6 +12,7 @@ from kit.checkpoints.checkpoint import Checkpoint, LazyTensor
 from kit.checkpoints.conversion import from_hf, to_hf
 from kit.checkpoints.layout import SAME, TRANSPOSED, Turn, joined
 from kit.checkpoints.layouts import guide, llms_from_scratch, nanogpt, openai_tf
+from kit.checkpoints.reading import read_checkpoint
 from kit.errors import UserError
 from tests.checkpoints.gpt2_models import (
     VOCABULARY,
@@ -317,7 +318,8 @@ def params_of(model):
 def test_the_dictionary_of_settings_and_params_is_read_and_written(tmp_path):
     model = make_model(2, 16, 4)
     settings = {"n_vocab": 23, "n_ctx": 12, "n_embd": 16, "n_head": 4, "n_layer": 2}
-    checkpoint = openai_tf.from_memory(settings, params_of(model))
+    torch.save({"settings": settings, "params": params_of(model)}, tmp_path / "guide.pt")  # arrays of numpy
+    checkpoint = openai_tf.normalized(read_checkpoint(tmp_path / "guide.pt"))
     back, _, read, _ = to_hf(checkpoint, openai_tf, {})
     assert back.keys() == tensors_of(model).keys()
     assert all(torch.equal(back[name].read(), tensor) for name, tensor in tensors_of(model).items())

@@ -6,12 +6,10 @@ the first axis, of size 1, that those of the files have.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -70,23 +68,6 @@ def _name_in_files(name: str) -> str:
     if match := _INSIDE.fullmatch(name):
         return f"model/h{match[1]}/{match[2].replace('.', '/')}"
     return _OUTSIDE.get(name, name)
-
-
-def from_memory(settings: Mapping[str, Any], params: Mapping[str, Any]) -> Checkpoint:
-    """Return the checkpoint of a dictionary that is in memory, with arrays of numpy or tensors."""
-    tensors = {}
-    for name, array in _flat(params, ""):
-        tensor = torch.as_tensor(array)
-        tensors[name] = LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-    return normalized(Checkpoint(Path("params"), "a dictionary in memory", tensors, {"settings": dict(settings)}))
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, (Mapping, list)):
-        yield name, value
-        return
-    for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _flat(inner, f"{name}.{key}" if name else str(key))
 
 
 def nested(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> dict[str, Any]:
