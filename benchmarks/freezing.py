@@ -44,7 +44,7 @@ from comparison import (
 from transformers import AutoConfig, TrainerCallback
 
 from kit.console import quiet_libraries
-from kit.run import TASKS, Run, extend_model, prepare_run, run_training
+from kit.stages import TASKS, Run, extend_model, prepare_run, run_training
 from kit.training.arguments import make_training_arguments
 from kit.training.preemption import Preemption
 from kit.training.resolving import resolve_recipe

@@ -18,7 +18,7 @@ from kit.console import is_main_process, quiet_libraries, say, table, warn
 from kit.model.freezing import count_parameters
 from kit.recipe.loading import recipe_fingerprint
 from kit.recipe.models import Recipe
-from kit.run import TASKS, Run, extend_model, prepare_run, run_training
+from kit.stages import TASKS, Run, extend_model, prepare_run, run_training
 from kit.training.arguments import make_training_arguments
 from kit.training.checkpoints import choose_checkpoint
 from kit.training.earlier_run import effective_resume, is_finished

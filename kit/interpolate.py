@@ -28,7 +28,7 @@ from kit.model.saving import save_model, saved_model_difference
 from kit.model.tokenizer import tokenizer_key
 from kit.recipe.loading import load_recipe, overrides_for_model
 from kit.recipe.models import ModelSection, Recipe
-from kit.run import TASKS, Run, prepare_run
+from kit.stages import TASKS, Run, prepare_run
 from kit.training.arguments import make_training_arguments
 from kit.training.memory import out_of_memory_explained
 from kit.training.run_directory import PACKAGES, RunDirectory, model_of

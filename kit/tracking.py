@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerState
 
 from kit.console import is_main_process, say, warn
 from kit.files import read_json, write_json
-from kit.recipe.models import Recipe, WandbSection
+from kit.recipe.models import Recipe
+from kit.recipe.tracking import WandbSection
 
 DEFAULT_PROJECT = "domain-adaptation-kit"
 

@@ -24,7 +24,7 @@ from kit.model.tokenizer import encoder
 from kit.model.vocabulary import with_words
 from kit.recipe.models import Recipe, TrainedTokenizer
 from kit.recipe.vocabulary import TokensFile
-from kit.run import TASKS
+from kit.stages import TASKS
 from kit.training.resolving import resolve_recipe
 from kit.training.topology import announced_processes
 

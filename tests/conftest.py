@@ -18,6 +18,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_told_yet():
+    """Each test is a command of its own: what one has told once, the next may tell again."""
+    from kit.data.columns import tell_once
+
+    tell_once.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory):
     """A file of ragged documents, separated by two blank lines."""

@@ -192,7 +192,7 @@ CASES = [
     ("lora", Fault(STEP, 9, signal.SIGKILL)),
     ("lora", Fault(STEP, 9, signal.SIGTERM)),
     ("lora", Fault(SAVE, 2, signal.SIGKILL)),
-    ("lora", Fault("kit.run:save_model", 1, signal.SIGKILL)),
+    ("lora", Fault("kit.stages:save_model", 1, signal.SIGKILL)),
     ("dora", Fault(STEP, 7, signal.SIGTERM)),
     ("new-tokens", Fault(STEP, 9, signal.SIGKILL)),
     ("new-tokens", Fault("kit.training.trainer:KitTrainer._poll", 2, signal.SIGTERM)),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.cli import app
-from kit.recipe import adapter, classification, data, freezing, models, vocabulary
+from kit.recipe import adapter, classification, data, freezing, models, running, tracking, vocabulary
 
 KIT = Path(__file__).parents[1] / "kit"
 FILES = sorted(KIT.rglob("*.py"))
@@ -20,6 +20,7 @@ LAYERS = [
     ["data", "model", "evaluation", "tracking", "checkpoints"],
     ["tasks"],
     ["training"],
+    ["stages"],
     ["run", "generate", "predict", "merge", "convert", "verify", "export", "environment"],
     ["check", "vocabulary", "interpolate"],
     ["model_commands"],
@@ -108,8 +109,12 @@ def test_recipe_keys_change_deliberately():
             "EvaluationSection": "sets prompts generation",
             "EvaluationSet": f"{source} fraction seed",
             "Generation": "max_new_tokens do_sample top_k temperature seed",
+        },
+        running: {
             "RunSection": "output_dir resume early_stopping",
             "EarlyStopping": "patience threshold",
+        },
+        tracking: {
             "TrackingSection": "wandb",
             "WandbSection": "project entity group tags mode",
         },

@@ -15,7 +15,8 @@ from kit.errors import UserError
 from kit.files import hash_file
 from kit.interpolate import Rule, Sets, choose_sets, interpolate, parse_alphas
 from kit.merge import merge
-from kit.run import TASKS, evaluate, train
+from kit.run import evaluate, train
+from kit.stages import TASKS
 from tests.classifiers import labeled_rows, save_base, write_rows
 from tests.classifiers import write_recipe as write_labeled_recipe
 from tests.material import documents, make_model

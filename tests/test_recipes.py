@@ -8,7 +8,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from kit import run
+from kit import run, stages
 from kit.check import check
 from kit.recipe.classification import ClassificationRecipe
 from kit.recipe.loading import dump_recipe, load_recipe
@@ -102,12 +102,12 @@ def test_recipe_trains_and_every_key_arrives(name, tmp_path, tiny_models, monkey
         overrides["training.num_train_epochs"] = "null"
     trainers = []
 
-    class Trainer(run.KitTrainer):
+    class Trainer(stages.KitTrainer):
         def train(self, *args, **kwargs):
             trainers.append(self)
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(run, "KitTrainer", Trainer)
+    monkeypatch.setattr(stages, "KitTrainer", Trainer)
     changes = [f"{key}={value}" for key, value in overrides.items()]
     check(str(RECIPES[name]), changes)
     assert "nothing found that would stop it" in capsys.readouterr().out

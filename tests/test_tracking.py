@@ -10,7 +10,7 @@ import pytest
 import wandb
 
 from kit.recipe.loading import load_recipe
-from kit.recipe.models import WandbSection
+from kit.recipe.tracking import WandbSection
 from kit.run import train
 from kit.tracking import DEFAULT_PROJECT, WandbTracker
 from tests.material import documents

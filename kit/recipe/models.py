@@ -12,7 +12,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from kit.recipe.adapter import AdapterSection
 from kit.recipe.data import DATA_SPLITS, DataSection, Source, ValidationFraction
 from kit.recipe.freezing import FreezingSection
+from kit.recipe.running import RunSection
 from kit.recipe.section import Section, Text, sequence, text_or_mapping
+from kit.recipe.tracking import TrackingSection
 from kit.recipe.vocabulary import VocabularySection
 
 
@@ -137,50 +139,6 @@ class EvaluationSection(Section):
     """Prompts that the model continues before and after training."""
     generation: Generation = Generation()
     """How the prompts are continued."""
-
-
-class EarlyStopping(Section):
-    """End training when the best-model metric stops improving."""
-
-    patience: int = Field(default=3, ge=1)
-    """Number of evaluations without improvement after which training ends."""
-    threshold: float = Field(default=0.0, ge=0)
-    """Least change of the metric that counts as an improvement."""
-
-
-class RunSection(Section):
-    """What a run does around training."""
-
-    output_dir: Text | None = None
-    """The run directory; by default `runs/<stem of the recipe file>`."""
-    resume: Text = "auto"
-    """`auto`: the newest complete checkpoint of this run directory, else a fresh start; `must`: a checkpoint or an
-    error; `never`: a fresh start, an earlier run being moved aside; or the path of a checkpoint. The same command after
-    a preemption goes on with what `never` or a path began."""
-    early_stopping: EarlyStopping | None = None
-    """When to end training before its last step."""
-
-
-class WandbSection(Section):
-    """Weights & Biases; `WANDB_*` environment variables win over these keys."""
-
-    project: str | None = None
-    """Project of the run; by default `domain-adaptation-kit`."""
-    entity: str | None = None
-    """User or team that owns the project."""
-    group: str | None = None
-    """Group of runs in the project."""
-    tags: sequence(str) = ()
-    """Tags of the run."""
-    mode: Literal["online", "offline", "disabled"] | None = None
-    """By default online where an API key is configured, else offline."""
-
-
-class TrackingSection(Section):
-    """Experiment trackers; `metrics.jsonl` is always written."""
-
-    wandb: WandbSection | None = None
-    """Follow the run in Weights & Biases."""
 
 
 class Recipe(Section):

@@ -1,6 +1,6 @@
 """Causal language modelling: predict the next token of domain text.
 
-Each task module has the same functions; `kit.run` calls them and knows no task by name.
+Each task module has the same functions; `kit.stages` calls them and knows no task by name.
 """
 
 import copy

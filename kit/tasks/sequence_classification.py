@@ -1,6 +1,6 @@
 """Sequence classification: tell classes of texts apart.
 
-The functions are those of `kit.tasks.causal_lm`, where there is something to do; `kit.run` calls them alike.
+The functions are those of `kit.tasks.causal_lm`, where there is something to do; `kit.stages` calls them alike.
 """
 
 import json

@@ -7,7 +7,8 @@ from kit.errors import UserError
 from kit.files import hash_values
 from kit.model.loading import model_key
 from kit.recipe.loading import differing_keys, differing_manner, load_recipe
-from kit.recipe.models import Recipe, RunSection
+from kit.recipe.models import Recipe
+from kit.recipe.running import RunSection
 from kit.training.checkpoints import checkpoints_newest_first
 from kit.training.run_directory import RunDirectory
 

@@ -45,7 +45,7 @@ CASES = [
     ("augmented", Fault(STEP, 7, signal.SIGTERM)),
     ("gradual", Fault(STEP, 11, signal.SIGKILL)),
     ("lora", Fault(STEP, 7, signal.SIGKILL)),
-    ("several-labels", Fault("kit.run:save_model", 1, signal.SIGKILL)),
+    ("several-labels", Fault("kit.stages:save_model", 1, signal.SIGKILL)),
     ("in-two-by-length", Fault(STEP, 7, signal.SIGTERM, rank=1)),
     ("in-two-by-length", Fault(EVALUATION, 6, signal.SIGKILL, rank=1)),
 ]

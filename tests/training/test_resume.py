@@ -35,9 +35,9 @@ BEFORE = "kit.evaluation.language_modeling:_score"
 STEP = "kit.training.trainer:KitTrainer.training_step"
 EVALUATION = "kit.training.trainer:KitTrainer._poll"
 SAVE = "transformers:Trainer._save_optimizer_and_scheduler"
-MARKER = "kit.training.trainer:complete_checkpoint"
-ROTATION = "kit.training.trainer:rotate_checkpoints"
-EXPORT = "kit.run:save_model"
+MARKER = "kit.training.checkpointing:complete_checkpoint"
+ROTATION = "kit.training.checkpointing:rotate_checkpoints"
+EXPORT = "kit.stages:save_model"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ CASES = [
     (1, Fault(EXPORT, 1, signal.SIGKILL), {}),
     (1, Fault(EXPORT, 1, signal.SIGKILL), STOPPED_EARLY),
     (1, Fault(EVALUATION, 1, signal.SIGTERM), STOPPED_EARLY),
-    (1, Fault("kit.run:Run.measure_all", 1, signal.SIGTERM), UNMEASURED),
+    (1, Fault("kit.stages:Run.measure_all", 1, signal.SIGTERM), UNMEASURED),
     (2, Fault(STEP, 13, signal.SIGKILL, rank=1), {}),
     (2, Fault(STEP, 13, signal.SIGTERM, rank=1), {}),
     (2, Fault(EVALUATION, 2, signal.SIGTERM, rank=0), {}),

@@ -1,0 +1,302 @@
+"""The stages of a run in their order, from data and model to scorecard; `kit.run` says which command has which."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from kit.console import is_main_process, say, warn
+from kit.data.corpus import Corpus
+from kit.data.labeled_corpus import LabeledCorpus
+from kit.errors import UserError
+from kit.evaluation.samples import print_samples
+from kit.evaluation.scorecard import Figures
+from kit.files import hash_values, make_folder, write_json, write_text
+from kit.model.adapter_files import Adapter, base_facts
+from kit.model.loading import model_key
+from kit.model.saving import save_model, saved_model_difference
+from kit.model.tokenizer import tokenizer_key
+from kit.model.vocabulary import Extension
+from kit.model.vocabulary_audit import print_audit
+from kit.recipe.loading import recipe_fingerprint
+from kit.recipe.models import Recipe
+from kit.tasks import causal_lm, sequence_classification
+from kit.tracking import WandbTracker
+from kit.training.adapters import adapter_key, insert_adapter
+from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
+from kit.training.callbacks.display import Display
+from kit.training.callbacks.metrics_log import MetricsLog
+from kit.training.callbacks.unfreezing import Unfreezing
+from kit.training.checkpoints import choose_checkpoint, discard_after
+from kit.training.freezing import FreezingPlan, check_frozen, fingerprint_frozen, make_plan, plan_as_rows, print_plan
+from kit.training.measured import measured_once
+from kit.training.plan import StepPlan, plan_steps
+from kit.training.preemption import Preemption
+from kit.training.run_directory import RunDirectory
+from kit.training.topology import (
+    barrier,
+    check_agreement,
+    from_main_process,
+    local_main_process_first,
+)
+from kit.training.trainer import KitTrainer
+
+_BEFORE_FORMAT = 3  # raise it whenever a figure is computed, or a sample drawn or shown, in another way
+TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm, "sequence-classification": sequence_classification}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with everything that was made from it.
+
+    `extension` and `base` are there where the recipe has a `vocabulary`; `model` has no rows for the tokens that it
+    adds until `extend_model` gives it some, and `added` then tells of them.
+    """
+
+    recipe: Recipe
+    task: ModuleType
+    args: TrainingArguments
+    directory: RunDirectory | None
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus | LabeledCorpus
+    model: PreTrainedModel
+    model_key: str
+    extension: Extension | None = None
+    base: Base | None = None
+    added: AddedTokens | None = None
+    untrained: Mapping[str, Figures] = field(default_factory=dict)
+    plan: FreezingPlan | None = None
+    adapter: Adapter | None = None
+
+    def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
+        """Return the model's figures on the evaluation sets that are measured on the way."""
+        return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
+
+    def measure_all(self, known: Mapping[str, Figures] | None = None, details: bool = True) -> dict[str, Any]:
+        """Return the `figures` of every evaluation set, and with `details` what the task tells beside them.
+
+        `known` is what `measure` has just returned of this very model, if it has.
+        """
+        return self.task.evaluate_all(self.model, self.corpus, self.recipe, self.tokenizer, self.args, known, details)
+
+    def compare(self) -> dict[str, Any]:
+        """Return the figures of what the task compares the model with."""
+        return self.task.measure_baselines(self.corpus, self.recipe, self.tokenizer, self.args)
+
+    def plan_steps(self) -> StepPlan:
+        """Return the steps of the run."""
+        return plan_steps(len(self.corpus.rows), self.args, len(self.corpus.batches(self.args)))
+
+    def save(self, folder: Path) -> float:
+        """Write the model, load it again, and return by how much their logits differ: 0.0, or it is an error."""
+        save_model(self.model, self.tokenizer, folder, self.adapter)
+        return saved_model_difference(self.model, folder, self.recipe.model if self.adapter else None)
+
+    def sample(self) -> list[list[str]]:
+        """Return what the model makes of each of the recipe's prompts."""
+        return self.task.sample(self.model, self.corpus, self.recipe, self.tokenizer, self.args)
+
+
+def prepare_run(
+    recipe: Recipe, args: TrainingArguments, directory: RunDirectory | None, measures_only: bool = False
+) -> Run:
+    """Make tokenizer, token stores, rows, ledger and model; the first process of each machine builds what is missing.
+
+    Args:
+        recipe: the recipe.
+        args: its training arguments.
+        directory: where the ledger is written; nowhere where None.
+        measures_only: nothing is going to be trained, so that the training data need not suffice for it.
+
+    Raises:
+        UserError: data or model cannot be used, or more tokens would be dropped than the recipe allows.
+    """
+    task = TASKS[recipe.task]
+    task.check_early(recipe, trains=not measures_only)
+
+    def prepare_data() -> tuple[PreTrainedTokenizerBase, Corpus, Extension | None, Base | None]:
+        make_folder("data.store_dir", recipe.data.store_dir)
+        try:
+            original = task.prepare_tokenizer(recipe)
+            tokenizer, extension = task.extend_vocabulary(recipe, original)
+            corpus = task.prepare_examples(recipe, tokenizer, args.seed)
+            if extension is None:
+                return tokenizer, corpus, None, None
+            return tokenizer, corpus, extension, Base(original, *task.recode_examples(recipe, corpus, original))
+        except MemoryError as error:
+            raise UserError(f"out of memory while the data is prepared ({error}); lower `data.num_proc`") from error
+
+    tokenizer, corpus, extension, base = local_main_process_first(prepare_data)
+    check_agreement("the same data", corpus.key, tokenizer_key(tokenizer))
+    if not measures_only:
+        task.print_data(corpus, tokenizer)
+        if directory and is_main_process():
+            write_json(directory.ledger, corpus.ledger_as_json())
+        task.check_data(corpus, recipe)
+        if not corpus.sets:
+            warn("nothing is measured, before or after: give `data.validation` or `evaluation.sets`")
+        plan_steps(len(corpus.rows), args, len(corpus.batches(args)))
+    original = base.tokenizer if base else tokenizer
+    model = task.load_model(recipe, original, corpus, args.seed).to(args.device)
+    # Hashing a large model takes a while: once is enough.
+    key = from_main_process(lambda: model_key(recipe.model, args.seed))
+    return Run(recipe, task, args, directory, tokenizer, corpus, model, key, extension, base)
+
+
+def measure_before(run: Run) -> dict[str, Any]:
+    """Return figures and samples of the base model, with its own tokenizer, and those of the task's baselines."""
+    if run.base:
+        run = dataclasses.replace(run, tokenizer=run.base.tokenizer, corpus=run.base.corpus)
+    baselines = _once(run, ["baselines", run.model_key], run.compare)
+    return {**_measure_once(run, "before"), "baselines": baselines}
+
+
+def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
+    """Give the tokens that the recipe adds their embeddings, audit them, put the adapter in, and freeze the rest.
+
+    Args:
+        run: what was prepared; its model changes in place.
+        before: figures of the model as it was, to say what the new tokens alone do to them; else nothing is measured.
+    """
+    added, untrained, new_ids, adapter = None, {}, [], None
+    base = base_facts(run.model, run.recipe.model) if run.recipe.adapter else None
+    if run.extension:
+        rows_before = run.model.get_input_embeddings().weight.shape[0]
+        run.task.extend_model(run.model, run.recipe, run.tokenizer, run.extension, run.args.seed)
+        added = audit_added_tokens(run.model, rows_before, run.extension, run.tokenizer, run.corpus, run.base)
+        check_agreement("the same new embeddings", added.key)
+        print_audit(added.audit)
+        if before:
+            untrained = _measure_once(run, "extended", run.recipe.vocabulary.model_dump(), run.args.seed)["figures"]
+            report_untrained(before, untrained)
+        new_ids = [row.id for row in run.extension.rows]
+    if base:
+        adapter = insert_adapter(run.model, run.recipe, base, new_ids, run.args.seed)
+        check_agreement("the same adapter", adapter_key(run.model), base.fingerprint)
+    plan = make_plan(run.model, run.recipe.freezing, new_ids, run.plan_steps())
+    if plan:
+        print_plan(run.model, plan, run.args)
+        if run.directory and is_main_process():
+            write_json(run.directory.freezing, plan_as_rows(run.model, plan, run.args))
+    run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan, adapter=adapter)
+    if added and run.directory and is_main_process():
+        save_audit(added, run.directory.vocabulary, untrained)
+    return run
+
+
+def _measure_once(run: Run, *state: Any) -> dict[str, Any]:
+    """Return figures and samples of the run's model in a certain state, from the store if they were taken before."""
+
+    def measure() -> dict[str, Any]:
+        # The prompts first: one that is too long should not be found after everything was measured.
+        samples = from_main_process(run.sample)
+        return {"figures": run.measure(), "samples": samples}
+
+    return _once(run, [*state, run.model_key, *run.task.begins_as(run.corpus, run.args)], measure)
+
+
+def _once(run: Run, state: Any, measure: Callable[[], Any]) -> Any:
+    """Return what `measure` returns on all processes, from the store if it was measured before."""
+    versions = [torch.__version__, transformers.__version__, run.args.device.type]
+    derived_from = [tokenizer_key(run.tokenizer), run.task.measured_by(run.corpus, run.recipe, run.args), versions]
+    key = hash_values(state, _BEFORE_FORMAT, *derived_from)
+    return measured_once(Path(run.recipe.data.store_dir) / "before" / key, measure)
+
+
+def run_training(
+    run: Run, tracker: WandbTracker | None, preemption: Preemption, *watchers: TrainerCallback
+) -> dict[str, Figures] | None:
+    """Train the run's model in place, from the checkpoint that `run.resume` chooses.
+
+    Args:
+        run: what was prepared.
+        tracker: of the W&B run, if there is one.
+        preemption: where a SIGTERM is noticed.
+        watchers: callbacks beside the kit's own.
+
+    Returns:
+        The figures of the trained model, if the last evaluation on the way measured it.
+    """
+    recipe, directory = run.recipe, run.directory
+    fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key, "model": run.model_key}
+    checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
+    say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    unfreezing = Unfreezing(run.plan.phases) if run.plan else None
+    callbacks = [MetricsLog(directory.metrics), *([unfreezing] if unfreezing else []), *watchers]
+    if recipe.run.early_stopping:
+        callbacks.append(EarlyStoppingCallback(recipe.run.early_stopping.patience, recipe.run.early_stopping.threshold))
+    if tracker:
+        callbacks.append(tracker.callback())
+    use_cache = run.model.config.use_cache
+    trainer = KitTrainer(
+        model=run.model,
+        args=run.args,
+        data_collator=run.corpus.collate,
+        train_dataset=run.corpus.rows,
+        batches=run.corpus.batches,
+        eval_dataset=run.corpus.sets or None,
+        processing_class=run.tokenizer,
+        callbacks=callbacks,
+        task=run.task,
+        measure=run.measure,
+        preemption=preemption,
+        fingerprints=fingerprints,
+        plan=run.plan,
+        adapter=run.adapter,
+    )
+    # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
+    # loads the model; the kit passes `use_cache` with every call instead.
+    run.model.config.use_cache = use_cache
+    display = Display(lambda: float(trainer.weight_seen), run.task, tells_end=not watchers)
+    trainer.add_callback(display)
+    frozen = fingerprint_frozen(run.model, run.plan) if run.plan else {}
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        display.close()
+        if unfreezing:
+            unfreezing.close()
+    if run.plan:
+        check_frozen(run.model, run.plan, frozen)
+    # Takes accelerate's autocast off the model's forward again.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.final_figures()
+
+
+def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: WandbTracker | None) -> dict[str, Any]:
+    """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
+    scorecard = run.task.make_scorecard(run.corpus, run.recipe, before, after, run.untrained)
+    if is_main_process():
+        run.directory.note(reloaded_logits_differ_by=run.save(run.directory.model))
+        for name, text in after.get("files", {}).items():
+            write_text(run.directory.path / name, text)
+        shown = zip(run.task.prompts(run.recipe), before["samples"], after["samples"], strict=True)
+        samples = [dict(zip(("prompt", "before", "after"), each, strict=True)) for each in shown]
+        write_json(run.directory.samples, samples)
+        print_samples(samples)
+        if run.added:
+            save_audit(run.added, run.directory.vocabulary, run.untrained, (run.model, run.tokenizer))
+        if tracker:
+            tracker.summarise(scorecard)
+        write_json(run.directory.scorecard, scorecard)
+    barrier()
+    return scorecard
+
+
+def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
+    checkpoints = run.directory.checkpoints
+    checkpoint = choose_checkpoint(run.recipe.run.resume, checkpoints, run.args.world_size, fingerprints)
+    discard_after(checkpoint, checkpoints)
+    return checkpoint
