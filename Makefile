@@ -21,10 +21,13 @@ SBATCH ?=
 LAUNCHER ?=
 # Launch files of a single process, whose launcher dies of a signal without passing it on.
 ONE_PROCESS := cpu single_gpu
+# given NAME, EXAMPLE: ends with an example where the variable is not set. Of the environment, where make puts what it is
+# given on its command line: so it may hold quotes.
+given = test -n "$${$(1):-}" || { echo "$(1) is missing: make $@ $(2)"; exit 2; }
 
 .PHONY: help
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-20s %s\n", $$1, $$2}'
 	@echo
 	@echo '  make train RECIPE=recipes/… [LAUNCH=cpu_2proc] [ARGS="section.key=value …"]'
 
@@ -56,13 +59,18 @@ test-slow: $(INSTALLED)  ## Run the tests that take longer
 test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
+.PHONY: bench
+bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
+	$(BIN)/python benchmarks/domain_control.py
+
 .PHONY: train
 train: $(INSTALLED)  ## Train RECIPE, with LAUNCH=<accelerate_configs/…> in several processes
-	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make train RECIPE=recipes/offline/lm_gpt2_pretrain.yaml"; exit 2; }
+	@$(call given,RECIPE,RECIPE=recipes/offline/lm_gpt2_pretrain.yaml)
 ifeq ($(LAUNCH),)
 	$(BIN)/kit train $(RECIPE) $(ARGS)
 else
 	@$(has_launch_file)
+	@$(has_recipe)
 	@# The launcher turns every exit code but 0 into 1: how the run ended is read from its manifest.
 	@echo "$(launch_line)"
 	@# A signal has to reach the launcher, or its process: the shell would die of it and leave the run behind.
@@ -73,16 +81,59 @@ else
 endif
 
 launch_line = $(BIN)/accelerate launch --config_file accelerate_configs/$(LAUNCH).yaml $(LAUNCHER) -m kit train $(RECIPE) $(ARGS)
+# Here, since a launcher would show a traceback of its own before the message; `kit status` names the nearest file.
+has_recipe = test -f "$(RECIPE)" || exec $(BIN)/kit status "$(RECIPE)"
 has_launch_file = test -f accelerate_configs/$(LAUNCH).yaml || { echo "LAUNCH=$(LAUNCH): no such launch file; there are:" \
   $(patsubst accelerate_configs/%.yaml,%,$(wildcard accelerate_configs/*.yaml)); exit 2; }
+
+.PHONY: check
+check: $(INSTALLED)  ## Find what is wrong with RECIPE without training it; ARGS=--probe runs two steps
+	@$(call given,RECIPE,RECIPE=recipes/offline/lm_gpt2_pretrain.yaml)
+	$(BIN)/kit check $(RECIPE) $(ARGS)
+
+.PHONY: prepare
+prepare: $(INSTALLED)  ## Tokenise RECIPE's data and measure its base model, without training
+	@$(call given,RECIPE,RECIPE=recipes/offline/lm_gpt2_pretrain.yaml)
+	$(BIN)/kit prepare $(RECIPE) $(ARGS)
+
+.PHONY: vocabulary
+vocabulary: $(INSTALLED)  ## Find words of RECIPE's text that would save tokens, and write them to a file to review
+	@$(call given,RECIPE,RECIPE=recipes/text/lm_gpt2_full.yaml)
+	$(BIN)/kit vocabulary mine $(RECIPE) $(ARGS)
+
+.PHONY: evaluate
+evaluate: $(INSTALLED)  ## Measure RUN's model on its recipe's sets
+	@$(call given,RUN,RUN=runs/lm_gpt2_pretrain)
+	$(BIN)/kit evaluate $(RUN) $(ARGS)
+
+.PHONY: generate
+generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
+	@$(call given,RUN,RUN=runs/lm_gpt2_pretrain PROMPT='Once upon')
+	@$(call given,PROMPT,RUN=runs/lm_gpt2_pretrain PROMPT='Once upon')
+	$(BIN)/kit generate $(RUN) --prompt "$$PROMPT" $(ARGS)
+
+.PHONY: predict
+predict: $(INSTALLED)  ## Classify the rows of FILE with RUN's model; ARGS="-o out.csv"
+	@$(call given,RUN,RUN=runs/spam FILE=messages.csv)
+	@$(call given,FILE,RUN=runs/spam FILE=messages.csv)
+	$(BIN)/kit predict $(RUN) $(FILE) $(ARGS)
+
+.PHONY: merge
+merge: $(INSTALLED)  ## Write a plain model of RUN's adapter and its base model
+	@$(call given,RUN,RUN=runs/lm_gpt2_lora)
+	$(BIN)/kit merge $(RUN) $(ARGS)
 
 .PHONY: slurm
 slurm: LAUNCH := $(or $(LAUNCH),multi_node)
 slurm: $(INSTALLED)  ## Train RECIPE as a SLURM job on NODES machines with GPUS on each
-	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make slurm RECIPE=recipes/text/lm_gpt2_full.yaml NODES=2 GPUS=8"; exit 2; }
+	@$(call given,RECIPE,RECIPE=recipes/text/lm_gpt2_full.yaml NODES=2 GPUS=8)
 	@$(has_launch_file)
 	@test -z "$(filter $(ONE_PROCESS),$(LAUNCH))" || { echo "LAUNCH=$(LAUNCH): its launcher would not pass on the" \
 	  "signal that the slot ends; leave LAUNCH out, which starts as many processes as there are GPUs"; exit 2; }
+	@[[ "$(NODES)" =~ ^[1-9][0-9]*$$ ]] || { echo "NODES=$(NODES): expected a number of machines, at least 1"; exit 2; }
+	@[[ "$(GPUS)" =~ ^[0-9]+$$ ]] || { echo "GPUS=$(GPUS): expected a number of GPUs on each machine, 0 for none"; exit 2; }
+	@$(has_recipe)
+	@command -v sbatch >/dev/null || { echo "sbatch is not to be found: make slurm wants a machine of a SLURM cluster"; exit 2; }
 	@mkdir -p runs/slurm
 	@echo "$(slurm_line)"
 	@$(slurm_line)
@@ -90,67 +141,14 @@ slurm: $(INSTALLED)  ## Train RECIPE as a SLURM job on NODES machines with GPUS 
 slurm_line = sbatch --job-name=$(basename $(notdir $(RECIPE))) --nodes=$(NODES) $(if $(filter-out 0,$(GPUS)),--gpus-per-node=$(GPUS)) \
   --output=runs/slurm/%x-%j.out $(SBATCH) accelerate_configs/slurm.sbatch $(LAUNCH) $(RECIPE) $(ARGS)
 
-.PHONY: check
-check: $(INSTALLED)  ## Find what is wrong with RECIPE without training it; ARGS=--probe runs two steps
-	$(BIN)/kit check $(RECIPE) $(ARGS)
-
-.PHONY: prepare
-prepare: $(INSTALLED)  ## Tokenise RECIPE's data and measure its base model, without training
-	$(BIN)/kit prepare $(RECIPE) $(ARGS)
-
-.PHONY: evaluate
-evaluate: $(INSTALLED)  ## Measure RUN's model on its recipe's sets
-	$(BIN)/kit evaluate $(RUN) $(ARGS)
-
-.PHONY: predict
-predict: $(INSTALLED)  ## Classify the rows of FILE with RUN's model; ARGS="-o out.csv"
-	$(BIN)/kit predict $(RUN) $(FILE) $(ARGS)
-
-.PHONY: generate
-generate: $(INSTALLED)  ## Continue PROMPT with RUN's model
-	$(BIN)/kit generate $(RUN) --prompt "$(PROMPT)" $(ARGS)
-
-.PHONY: merge
-merge: $(INSTALLED)  ## Write a plain model of RUN's adapter and its base model
-	$(BIN)/kit merge $(RUN) $(ARGS)
-
-.PHONY: vocabulary
-vocabulary: $(INSTALLED)  ## Find words of RECIPE's text that would save tokens, and write them to a file to review
-	@test -n "$(RECIPE)" || { echo "RECIPE is missing: make vocabulary RECIPE=recipes/text/lm_gpt2_full.yaml"; exit 2; }
-	$(BIN)/kit vocabulary mine $(RECIPE) $(ARGS)
-
-.PHONY: bench
-bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
-	$(BIN)/python benchmarks/domain_control.py
-
-.PHONY: bench-data
-bench-data: $(INSTALLED)  ## Measure memory and speed of preparing a corpus
-	$(BIN)/python benchmarks/preparation.py $(ARGS)
-
-.PHONY: bench-vocabulary
-bench-vocabulary: $(INSTALLED)  ## Compare what new words' embeddings begin as, on the demo's model
-	$(BIN)/python benchmarks/vocabulary.py $(ARGS)
-
-.PHONY: bench-freezing
-bench-freezing: $(INSTALLED)  ## Compare what to train: all, a part, phases, LoRA; bits per byte, time, memory
-	$(BIN)/python benchmarks/freezing.py $(ARGS)
-
-.PHONY: bench-classification
-bench-classification: $(INSTALLED)  ## Compare classifiers with TF-IDF on several splits, on the demo's model and docstrings
-	$(BIN)/python benchmarks/classification.py $(ARGS)
-
-.PHONY: bench-verify
-bench-verify: $(INSTALLED)  ## Show what `kit verify` finds of the models in ARGS when one block of them is damaged
-	$(BIN)/python benchmarks/verify.py $(ARGS)
-
 .PHONY: schema
 schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors
 	$(BIN)/kit schema --output recipes/recipe.schema.json
 
 .PHONY: docs
-docs: $(INSTALLED) schema  ## Write docs/recipes.md, the tables of docs/troubleshooting.md and docs/checkpoints.md, and the schema
+docs: $(INSTALLED) schema  ## Write docs/recipes.md, the tables that the code gives to other pages, and the schema
 	$(BIN)/kit schema --markdown --output docs/recipes.md
-	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py tests/checkpoints/test_docs.py
+	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py tests/checkpoints/test_docs.py tests/test_scaling.py
 
 .PHONY: lint
 lint: $(INSTALLED)  ## Check style and formatting
@@ -165,3 +163,31 @@ format: $(INSTALLED)  ## Mend style and formatting
 .PHONY: clean
 clean:  ## Remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+
+.PHONY: bench-classification
+bench-classification: $(INSTALLED)  ## Compare classifiers with TF-IDF on several splits, on the demo's model and docstrings
+	$(BIN)/python benchmarks/classification.py $(ARGS)
+
+.PHONY: bench-data
+bench-data: $(INSTALLED)  ## Measure memory and speed of preparing a corpus
+	$(BIN)/python benchmarks/preparation.py $(ARGS)
+
+.PHONY: bench-faults
+bench-faults: $(INSTALLED)  ## Kill runs in every part, start them again and compare; ARGS=--short for a few
+	$(BIN)/python -m benchmarks.faults $(ARGS)
+
+.PHONY: bench-freezing
+bench-freezing: $(INSTALLED)  ## Compare what to train: all, a part, phases, LoRA; bits per byte, time, memory
+	$(BIN)/python benchmarks/freezing.py $(ARGS)
+
+.PHONY: bench-verify
+bench-verify: $(INSTALLED)  ## Show what `kit verify` finds of the models in ARGS when one block of them is damaged
+	$(BIN)/python benchmarks/verify.py $(ARGS)
+
+.PHONY: bench-vocabulary
+bench-vocabulary: $(INSTALLED)  ## Compare what new words' embeddings begin as, on the demo's model
+	$(BIN)/python benchmarks/vocabulary.py $(ARGS)
+
+.PHONY: bench-scaling
+bench-scaling: $(INSTALLED)  ## Compare the formulas of docs/scaling.md with what is counted and measured
+	$(BIN)/python benchmarks/scaling.py $(ARGS)

@@ -16,13 +16,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kit.console import is_main_process, quiet_libraries, say, table, warn
 from kit.model.freezing import count_parameters
-from kit.recipe.loading import recipe_fingerprint
+from kit.recipe.loading import recipe_settings
 from kit.recipe.models import Recipe
 from kit.stages import TASKS, Run, extend_model, prepare_run, run_training
 from kit.training.arguments import make_training_arguments
 from kit.training.checkpoints import choose_checkpoint
+from kit.training.disk import check_room, in_units, size_of
 from kit.training.earlier_run import effective_resume, is_finished
 from kit.training.memory import estimate_memory, out_of_memory_explained
+from kit.training.peers import ending_together
 from kit.training.plan import StepPlan
 from kit.training.preemption import Preemption
 from kit.training.resolving import resolve_recipe
@@ -52,10 +54,10 @@ def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
     directory = RunDirectory(recipe.run.output_dir)
     args, precision = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
-    resume, state = from_main_process(lambda: _check_folder(recipe, directory, args.seed))
+    resume, state = from_main_process(lambda: _check_folder(recipe, directory, args))
     say(f"recipe {recipe_path}: {recipe.task}, into {directory.path} ({state})")
     say(f"{args.world_size} process(es) on {describe(args)['device']}, {precision}")
-    with out_of_memory_explained(recipe, args):
+    with ending_together(recipe) as preemption, out_of_memory_explained(recipe, args):
         run = prepare_run(recipe, args, None)
         from_main_process(lambda: _check_rest(run, directory, resume))
         plan = run.plan_steps()
@@ -66,12 +68,13 @@ def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
             print_what_trains(run)
             print_plan(run, plan)
             print_memory(run)
+        say(f"disk: {from_main_process(lambda: check_room(run.model, recipe, plan, directory.checkpoints))}")
         if probe:
-            probe_run(run, plan)
+            probe_run(run, plan, preemption)
     say(f"\nnothing found that would stop it: kit train {shlex.join([recipe_path, *overrides])}")
 
 
-def _check_folder(recipe: Recipe, directory: RunDirectory, seed: int) -> tuple[str, str]:
+def _check_folder(recipe: Recipe, directory: RunDirectory, args: TrainingArguments) -> tuple[str, str]:
     """Return what `run.resume` comes to, and what the run's folder holds; nothing in it is touched.
 
     Raises:
@@ -79,9 +82,9 @@ def _check_folder(recipe: Recipe, directory: RunDirectory, seed: int) -> tuple[s
     """
     directory.check()
     recipe = recipe.model_copy(update={"run": effective_resume(recipe, directory)})
-    finished = is_finished(recipe, TASKS[recipe.task], directory, seed)
+    finished = is_finished(recipe, TASKS[recipe.task], directory, args.seed, args.world_size)
     status = read_status(directory.path)
-    state = "a new run" if status == "missing" else f"holds a run: {status}"
+    state = {"missing": "a new run", "prepared": "a new run, prepared"}.get(status, f"holds a run: {status}")
     return recipe.run.resume, f"{state}: nothing is left to do" if finished else state
 
 
@@ -91,9 +94,10 @@ def _check_rest(run: Run, directory: RunDirectory, resume: str) -> None:
     Raises:
         UserError: there is no checkpoint to go on from, or a prompt is too long.
     """
-    fingerprints = {"recipe": recipe_fingerprint(run.recipe), "data": run.corpus.key, "model": run.model_key}
+    settings = recipe_settings(run.recipe, run.args.world_size)
+    fingerprints = {"recipe": settings, "data": run.corpus.key, "model": run.model_key}
     if not directory.is_finished() or resume not in ("auto", "must"):
-        checkpoint = choose_checkpoint(resume, directory.checkpoints, run.args.world_size, fingerprints)
+        checkpoint, _ = choose_checkpoint(resume, directory.checkpoints, fingerprints, run.recipe.run.resume_with)
         if checkpoint:
             say(f"goes on from {checkpoint}")
     run.task.check_prompts(run.model, run.tokenizer, run.recipe)
@@ -136,11 +140,11 @@ def print_memory(run: Run) -> None:
     batch = run.task.largest_batch(run.corpus, run.recipe, run.args)
     parts = estimate_memory(run.model, run.args, run.task, batch)
     known = sum(size for size in parts.values() if size is not None)
-    rows = [[name, "unknown" if size is None else _in_gib(size)] for name, size in parts.items()]
+    rows = [[name, "unknown" if size is None else in_units(size)] for name, size in parts.items()]
     table(
         "Memory of training on one device, estimated",
         ["what", "size"],
-        [*rows, ["together", _in_gib(known)]],
+        [*rows, ["together", in_units(known)]],
     )
     if parts["activations"] is None:
         warn(
@@ -154,10 +158,6 @@ def print_memory(run: Run) -> None:
         )
 
 
-def _in_gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
-
-
 def _available_memory(device: torch.device, processes: int) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
@@ -167,17 +167,14 @@ def _available_memory(device: torch.device, processes: int) -> float:
 # ---- The probe
 
 
-def probe_run(run: Run, plan: StepPlan) -> None:
+def probe_run(run: Run, plan: StepPlan, preemption: Preemption) -> None:
     """Train two real steps, evaluate a few documents, save, load again and compare, in a folder that goes again."""
     # Beside the token stores: neither where the run is going to be, nor where it would be looked for.
     folder = from_main_process(lambda: tempfile.mkdtemp(prefix=".probe-", dir=run.recipe.data.store_dir))
-    preemption = Preemption()
-    stop_listening = preemption.install()
     try:
         _probe_in(Path(folder), run, plan, preemption)
         barrier()  # the others may still be reading
     finally:
-        stop_listening()
         if is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -205,7 +202,7 @@ def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) ->
     rate = "at most, at the rate of the last phase," if phases > 1 else "about"
     say(
         f"probe: {len(stop.seconds)} steps ({', '.join(f'{s:.2f} s' for s in stop.seconds)}), an evaluation and a "
-        f"checkpoint of {_size_of(directory.checkpoints) / 2**20:,.0f} MiB; all {plan.steps:,} steps take {rate} "
+        f"checkpoint of {size_of(directory.checkpoints) / 2**20:,.0f} MiB; all {plan.steps:,} steps take {rate} "
         f"{_duration(stop.seconds[-1] * plan.steps)}, evaluations apart"
     )
     if is_main_process():
@@ -244,10 +241,6 @@ def _peak_memory(args: TrainingArguments) -> str:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{peak / _GIB:.2f} GiB of memory, Python and its libraries included, were"
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _duration(seconds: float) -> str:

@@ -3,12 +3,15 @@
 import logging
 import os
 import sys
+import time
 import traceback
 from typing import Annotated
 
 import typer
 
 from kit.model_commands import COMMANDS
+
+_FIRST_WORD_S = 5.0  # what process 0 may be slower by than another one, for reading the same modules
 
 app = typer.Typer(
     help="Adapt pretrained Hugging Face models to a domain, driven by YAML recipes.",
@@ -262,10 +265,14 @@ def env() -> None:
 def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print how a recipe's run stands, and exit with the run's own code; for scripts behind a launcher."""
     from kit.training.resolving import status as run_status
-    from kit.training.run_directory import exit_code
+    from kit.training.run_directory import RunDirectory, exit_code
 
-    folder, found = run_status(recipe, overrides or [])
-    typer.echo(f"{folder}: {found}")
+    folder, found, checkpoint = run_status(recipe, overrides or [])
+    typer.echo(f"{folder}: {found}{f', {checkpoint} is saved' if checkpoint else ''}")
+    manifest = RunDirectory(folder).read_manifest()
+    message = manifest.get("refused", manifest).get("message")
+    if message and found in ("user-error", "failed", "killed"):
+        typer.echo(message)  # once more: behind a launcher's lines the run's own are far above
     raise typer.Exit(exit_code(found))
 
 
@@ -296,7 +303,7 @@ def _run() -> int:
             command.invoke(context)
         return 0
     except UserError as error:
-        _complain(f"error: {error}")
+        _complain_once(f"error: {error}")
         return 2
     except typer.Exit as stop:
         return stop.exit_code
@@ -316,10 +323,20 @@ def _run() -> int:
         from kit.files import disk_fault  # imports numpy
 
         if fault := disk_fault(error):
-            _complain(f"error: {fault}")
+            _complain_once(f"error: {fault}")
             return 2
         traceback.print_exc()
         return 1
+
+
+def _complain_once(message: str) -> None:
+    """Tell a mistake that is found before the processes know of each other, by all of them or by one alone."""
+    if rank := int(os.environ.get("RANK", "0")):
+        # The launcher ends all once one has ended: process 0 would die before it has told what they all found.
+        time.sleep(_FIRST_WORD_S)
+        print(f"process {rank}: {message}", file=sys.stderr)
+    else:
+        _complain(message)
 
 
 def _complain(message: str) -> None:

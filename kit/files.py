@@ -18,6 +18,9 @@ from filelock import FileLock
 from kit.errors import UserError
 
 COMPLETE = "complete.json"
+# Asked for once, since that takes setting it; no thread is writing yet.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 _CHUNK = 1 << 22
 
 # A folder that cannot be written, a full disk: mended by the user, and clear without a traceback.
@@ -93,6 +96,7 @@ def seal(folder: str | Path, **facts: Any) -> None:
     Everything is flushed to disk before the marker is, so a marker that exists vouches for files that do.
     """
     folder = Path(folder)
+    _allow_what_umask_does(folder)
     files = {}
     for path in _files(folder):
         fd = os.open(path, os.O_RDONLY)
@@ -128,6 +132,14 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def _allow_what_umask_does(made: Path) -> None:
+    """Let others read what a library wrote for its owner alone (safetensors from 0.8 on), as far as the umask does."""
+    for path in (made, *made.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | 0o666 & ~_UMASK)
+
+
 def _sync_folder(folder: Path) -> None:
     # A rename or a new name is durable only once the folder that holds it is flushed too (POSIX).
     fd = os.open(folder, os.O_RDONLY)
@@ -140,6 +152,7 @@ def _sync_folder(folder: Path) -> None:
 def put_in_place(made: str | Path, place: str | Path) -> None:
     """Give a finished file or folder its name; what had the name is removed only then."""
     place = Path(place)
+    _allow_what_umask_does(Path(made))
     aside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}") if place.is_dir() else None
     if aside:
         os.replace(place, aside)
@@ -184,8 +197,11 @@ def build_once(folder: str | Path, build: Callable[[Path], dict[str, Any] | None
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed builder of `folder` left behind; the caller holds its lock, so no builder is alive."""
-    for path in folder.parent.glob(f".{folder.name}.*"):
+    """Remove what a killed builder of `folder` left behind, and a damaged `folder`, which no kill may leave aside.
+
+    The caller holds its lock, so no builder is alive.
+    """
+    for path in (folder, *folder.parent.glob(f".{folder.name}.*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 

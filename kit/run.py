@@ -8,11 +8,14 @@ from kit.files import read_json, write_json
 from kit.model.freezing import count_parameters
 from kit.recipe.loading import dump_recipe, load_recipe, overrides_for_model
 from kit.stages import TASKS, extend_model, finish, measure_before, prepare_run, run_training
-from kit.tracking import tracked
+from kit.tracking.wandb_run import tracked
 from kit.training.arguments import make_training_arguments
 from kit.training.attempt import attempt, holding
+from kit.training.disk import check_room
 from kit.training.earlier_run import check_same_recipe, effective_resume, inputs_key, is_finished
 from kit.training.memory import out_of_memory_explained
+from kit.training.peers import ending_together
+from kit.training.plan import describe_global_batch
 from kit.training.resolving import resolve_recipe
 from kit.training.run_directory import RunDirectory
 from kit.training.topology import (
@@ -33,31 +36,35 @@ def train(recipe_path: str, overrides: list[str]) -> None:
     recipe = resolve_recipe(recipe_path, overrides)
     task = TASKS[recipe.task]
     directory = RunDirectory(recipe.run.output_dir)
-    with attempt(directory, recipe) as preemption:
+    with attempt(directory):
         args, precision = make_training_arguments(recipe, task, directory.checkpoints)
         check_topology(args)
-        asked = recipe
-        recipe = asked.model_copy(update={"run": from_main_process(lambda: effective_resume(asked, directory))})
-        if recipe.run.resume == "never":
-            from_main_process(directory.move_aside)
-        elif from_main_process(lambda: is_finished(recipe, task, directory, args.seed)):
-            task.print_scorecard(read_json(directory.scorecard))
-            say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
-            return
-        inputs = from_main_process(lambda: inputs_key(recipe, task, args.seed))
-        facts = {"topology": describe(args), "precision": precision, "resume": asked.run.resume, "inputs": inputs}
-        directory.start(dump_recipe(asked), **facts)
-        say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
-        with out_of_memory_explained(recipe, args, directory):
-            run = prepare_run(recipe, args, directory)
-            before = measure_before(run)
-            run = extend_model(run, before["figures"])
+        with ending_together(recipe, directory) as preemption, out_of_memory_explained(recipe, args):
+            asked = recipe
+            recipe = asked.model_copy(update={"run": from_main_process(lambda: effective_resume(asked, directory))})
+            if recipe.run.resume == "never":
+                from_main_process(directory.move_aside)
+            elif from_main_process(lambda: is_finished(recipe, task, directory, args.seed, args.world_size)):
+                task.print_scorecard(read_json(directory.scorecard))
+                say(f"{directory.path} is finished: nothing to do (`run.resume=never` runs it again)")
+                return
+            inputs = from_main_process(lambda: inputs_key(recipe, task, args.seed))
+            facts = {"topology": describe(args), "precision": precision, "resume": asked.run.resume, "inputs": inputs}
+            facts["recipe"] = recipe_path
+            directory.start(dump_recipe(asked), **facts)
+            say(f"{directory.path}: {args.world_size} process(es) on {args.device.type}, {precision}")
+            say(describe_global_batch(args))
+            with directory.timed("preparation"):
+                run = prepare_run(recipe, args, directory)
+                before = measure_before(run)
+                run = extend_model(run, before["figures"])
+            from_main_process(lambda: check_room(run.model, recipe, run.plan_steps(), directory.checkpoints))
             total, trainable = count_parameters(run.model)
             directory.note(data=run.corpus.key, model=run.model_key, parameters=total, trainable=trainable)
-            with tracked(recipe, directory.path) as tracker:
+            with tracked(recipe, directory.path) as tracker, directory.timed("training"):
                 figures = run_training(run, tracker, preemption)
                 task.settle(run.model, run.corpus, recipe, args)
-                after = {**run.measure_all(figures), "samples": from_main_process(run.sample)}
+                after = {**run.measure_all(figures), "samples": run.sample()}
                 scorecard = finish(run, before, after, tracker)
         task.print_scorecard(scorecard)
         merged = f" (an adapter: `kit merge {directory.path}` makes a plain model)" if run.adapter else ""
@@ -71,7 +78,7 @@ def prepare(recipe_path: str, overrides: list[str]) -> None:
     directory = RunDirectory(recipe.run.output_dir)
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
-    with holding(directory):
+    with ending_together(recipe), holding(directory):
         from_main_process(lambda: check_same_recipe(recipe, directory))
         with out_of_memory_explained(recipe, args):
             # What a finished run says of itself stays as it is.
@@ -79,6 +86,7 @@ def prepare(recipe_path: str, overrides: list[str]) -> None:
             before = measure_before(run)["figures"]
             run.task.print_figures("Before training", before)
             extend_model(run, before)
+        directory.end("prepared")
 
 
 def evaluate(target: str, overrides: list[str], model: str | None, output: str | None) -> None:
@@ -95,10 +103,11 @@ def evaluate(target: str, overrides: list[str], model: str | None, output: str |
     recipe = load_recipe(recipe_path, [*overrides, *(overrides_for_model(model) if model else [])])
     if recipe.vocabulary and not model:
         say("measured is the base model, with its own tokens: the recipe's `vocabulary` is added when it trains")
-    recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None, "adapter": None})
+    untrained = recipe.run.model_copy(update={"global_batch_size": None})
+    recipe = recipe.model_copy(update={"vocabulary": None, "freezing": None, "adapter": None, "run": untrained})
     args, _ = make_training_arguments(recipe, TASKS[recipe.task], directory.checkpoints)
     check_topology(args)
-    with out_of_memory_explained(recipe, args):
+    with ending_together(recipe), out_of_memory_explained(recipe, args):
         run = prepare_run(recipe, args, None, measures_only=True)
         figures = run.measure_all(details=False)["figures"]
     if not run.corpus.sets:

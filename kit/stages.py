@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,22 +22,27 @@ from kit.console import is_main_process, say, warn
 from kit.data.corpus import Corpus
 from kit.data.labeled_corpus import LabeledCorpus
 from kit.errors import UserError
+from kit.evaluation.inference import inference
 from kit.evaluation.samples import print_samples
 from kit.evaluation.scorecard import Figures
 from kit.files import hash_values, make_folder, write_json, write_text
 from kit.model.adapter_files import Adapter, base_facts
 from kit.model.loading import model_key
+from kit.model.new_rows import put_back, set_apart
 from kit.model.saving import save_model, saved_model_difference
+from kit.model.shards import in_shards
 from kit.model.tokenizer import tokenizer_key
 from kit.model.vocabulary import Extension
 from kit.model.vocabulary_audit import print_audit
-from kit.recipe.loading import recipe_fingerprint
+from kit.recipe.loading import recipe_settings
 from kit.recipe.models import Recipe
 from kit.tasks import causal_lm, sequence_classification
-from kit.tracking import WandbTracker
+from kit.tracking.reporters import settle_reporters
+from kit.tracking.wandb_run import WandbTracker
 from kit.training.adapters import adapter_key, insert_adapter
 from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
 from kit.training.callbacks.display import Display
+from kit.training.callbacks.manifest import NoteProgress
 from kit.training.callbacks.metrics_log import MetricsLog
 from kit.training.callbacks.unfreezing import Unfreezing
 from kit.training.checkpoints import choose_checkpoint, discard_after
@@ -45,6 +51,8 @@ from kit.training.measured import measured_once
 from kit.training.plan import StepPlan, plan_steps
 from kit.training.preemption import Preemption
 from kit.training.run_directory import RunDirectory
+from kit.training.sharding import describe_sharding, is_sharded
+from kit.training.throughput import Throughput
 from kit.training.topology import (
     barrier,
     check_agreement,
@@ -52,6 +60,7 @@ from kit.training.topology import (
     local_main_process_first,
 )
 from kit.training.trainer import KitTrainer
+from kit.training.unused import settle_unused_search
 
 _BEFORE_FORMAT = 3  # raise it whenever a figure is computed, or a sample drawn or shown, in another way
 TASKS: dict[str, ModuleType] = {"causal-lm": causal_lm, "sequence-classification": sequence_classification}
@@ -82,31 +91,50 @@ class Run:
 
     def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
         """Return the model's figures on the evaluation sets that are measured on the way."""
-        return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
+        with self._evaluating():
+            return self.task.evaluate(self.model, self.corpus, self.recipe, self.tokenizer, self.args, poll)
 
     def measure_all(self, known: Mapping[str, Figures] | None = None, details: bool = True) -> dict[str, Any]:
         """Return the `figures` of every evaluation set, and with `details` what the task tells beside them.
 
         `known` is what `measure` has just returned of this very model, if it has.
         """
-        return self.task.evaluate_all(self.model, self.corpus, self.recipe, self.tokenizer, self.args, known, details)
+        with self._evaluating():
+            return self.task.evaluate_all(
+                self.model, self.corpus, self.recipe, self.tokenizer, self.args, known, details
+            )
 
     def compare(self) -> dict[str, Any]:
         """Return the figures of what the task compares the model with."""
-        return self.task.measure_baselines(self.corpus, self.recipe, self.tokenizer, self.args)
+        with self._evaluating():
+            return self.task.measure_baselines(self.corpus, self.recipe, self.tokenizer, self.args)
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return self.directory.timed("evaluation") if self.directory else nullcontext()
 
     def plan_steps(self) -> StepPlan:
         """Return the steps of the run."""
         return plan_steps(len(self.corpus.rows), self.args, len(self.corpus.batches(self.args)))
 
     def save(self, folder: Path) -> float:
-        """Write the model, load it again, and return by how much their logits differ: 0.0, or it is an error."""
-        save_model(self.model, self.tokenizer, folder, self.adapter)
-        return saved_model_difference(self.model, folder, self.recipe.model if self.adapter else None)
+        """Write the model, load it again, and return by how much their logits differ: 0.0, or it is an error.
+
+        Called on all processes, of which the first one writes and loads.
+        """
+        with inference(self.model):
+            save_model(self.model, self.tokenizer, folder, self.adapter)
+            return saved_model_difference(self.model, folder, self.recipe.model if self.adapter else None)
 
     def sample(self) -> list[list[str]]:
-        """Return what the model makes of each of the recipe's prompts."""
-        return self.task.sample(self.model, self.corpus, self.recipe, self.tokenizer, self.args)
+        """Return, on every process, what the model makes on the first one of each of the recipe's prompts."""
+
+        def sample() -> list[list[str]]:
+            return self.task.sample(self.model, self.corpus, self.recipe, self.tokenizer, self.args)
+
+        if not in_shards(self.model):
+            return from_main_process(sample)
+        samples = sample()  # each process has a part of what the first one needs
+        return from_main_process(lambda: samples)
 
 
 def prepare_run(
@@ -149,7 +177,10 @@ def prepare_run(
             warn("nothing is measured, before or after: give `data.validation` or `evaluation.sets`")
         plan_steps(len(corpus.rows), args, len(corpus.batches(args)))
     original = base.tokenizer if base else tokenizer
-    model = task.load_model(recipe, original, corpus, args.seed).to(args.device)
+    model = task.load_model(recipe, original, corpus, args.seed)
+    # In shards it need not have room on one device: unless something is measured before, it never is there whole.
+    if measures_only or not is_sharded(args):
+        model = model.to(args.device)
     # Hashing a large model takes a while: once is enough.
     key = from_main_process(lambda: model_key(recipe.model, args.seed))
     return Run(recipe, task, args, directory, tokenizer, corpus, model, key, extension, base)
@@ -186,12 +217,14 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
         adapter = insert_adapter(run.model, run.recipe, base, new_ids, run.args.seed)
         check_agreement("the same adapter", adapter_key(run.model), base.fingerprint)
     plan = make_plan(run.model, run.recipe.freezing, new_ids, run.plan_steps())
+    if is_sharded(run.args):
+        set_apart(run.model)
     if plan:
         print_plan(run.model, plan, run.args)
         if run.directory and is_main_process():
             write_json(run.directory.freezing, plan_as_rows(run.model, plan, run.args))
     run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan, adapter=adapter)
-    if added and run.directory and is_main_process():
+    if added and run.directory:
         save_audit(added, run.directory.vocabulary, untrained)
     return run
 
@@ -200,9 +233,13 @@ def _measure_once(run: Run, *state: Any) -> dict[str, Any]:
     """Return figures and samples of the run's model in a certain state, from the store if they were taken before."""
 
     def measure() -> dict[str, Any]:
+        device = run.model.device
+        run.model.to(run.args.device)
         # The prompts first: one that is too long should not be found after everything was measured.
-        samples = from_main_process(run.sample)
-        return {"figures": run.measure(), "samples": samples}
+        samples = run.sample()
+        figures = run.measure()
+        run.model.to(device)
+        return {"figures": figures, "samples": samples}
 
     return _once(run, [*state, run.model_key, *run.task.begins_as(run.corpus, run.args)], measure)
 
@@ -230,15 +267,65 @@ def run_training(
         The figures of the trained model, if the last evaluation on the way measured it.
     """
     recipe, directory = run.recipe, run.directory
-    fingerprints = {"recipe": recipe_fingerprint(recipe), "data": run.corpus.key, "model": run.model_key}
+    settings = recipe_settings(recipe, run.args.world_size)
+    fingerprints = {"recipe": settings, "data": run.corpus.key, "model": run.model_key}
+    fingerprints["sharding"] = describe_sharding(run.args)
     checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
     say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     unfreezing = Unfreezing(run.plan.phases) if run.plan else None
-    callbacks = [MetricsLog(directory.metrics), *([unfreezing] if unfreezing else []), *watchers]
+    own = [MetricsLog(directory.metrics), NoteProgress(directory), *([unfreezing] if unfreezing else [])]
+    callbacks = [*own, *watchers]
     if recipe.run.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.run.early_stopping.patience, recipe.run.early_stopping.threshold))
     if tracker:
         callbacks.append(tracker.callback())
+    batch = run.task.largest_batch(run.corpus, recipe, run.args)
+    settle_unused_search(run.model, run.args, run.task, batch, run.plan.phases if run.plan else ())
+    trainer = _make_trainer(run, fingerprints, preemption, callbacks)
+    display = Display(run.task, tells_end=not watchers)
+    trainer.add_callback(display)
+    frozen = fingerprint_frozen(run.model, run.plan) if run.plan else {}
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        display.close()
+        if unfreezing:
+            unfreezing.close()
+    if trainer.skipped_steps:
+        directory.note(skipped_steps=trainer.skipped_steps)
+    if run.plan:
+        check_frozen(run.model, run.plan, frozen)
+    put_back(run.model)
+    # Takes accelerate's autocast off the model's forward again.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.final_figures()
+
+
+def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: WandbTracker | None) -> dict[str, Any]:
+    """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
+    scorecard = run.task.make_scorecard(run.corpus, run.recipe, before, after, run.untrained)
+    difference = run.save(run.directory.model)
+    if run.added:
+        save_audit(run.added, run.directory.vocabulary, run.untrained, (run.model, run.tokenizer))
+    if is_main_process():
+        run.directory.note(reloaded_logits_differ_by=difference)
+        for name, text in after.get("files", {}).items():
+            write_text(run.directory.path / name, text)
+        shown = zip(run.task.prompts(run.recipe), before["samples"], after["samples"], strict=True)
+        samples = [dict(zip(("prompt", "before", "after"), each, strict=True)) for each in shown]
+        write_json(run.directory.samples, samples)
+        print_samples(samples)
+        if tracker:
+            tracker.summarise(scorecard)
+        write_json(run.directory.scorecard, scorecard)
+    barrier()
+    return scorecard
+
+
+def _make_trainer(
+    run: Run, fingerprints: dict[str, Any], preemption: Preemption, callbacks: list[TrainerCallback]
+) -> KitTrainer:
+    recipe, peak = run.recipe, run.recipe.tracking.peak_tflops
     use_cache = run.model.config.use_cache
     trainer = KitTrainer(
         model=run.model,
@@ -255,48 +342,22 @@ def run_training(
         fingerprints=fingerprints,
         plan=run.plan,
         adapter=run.adapter,
+        throughput=Throughput(run.plan, peak and peak * 1e12),
+        name_rows=run.corpus.name_rows,
+        save_minutes=recipe.run.save_minutes,
+        skip_nonfinite_steps=recipe.run.skip_nonfinite_steps,
     )
     # Trainer writes `use_cache: false` into the configuration that is saved, which makes generation slow for whoever
     # loads the model; the kit passes `use_cache` with every call instead.
     run.model.config.use_cache = use_cache
-    display = Display(lambda: float(trainer.weight_seen), run.task, tells_end=not watchers)
-    trainer.add_callback(display)
-    frozen = fingerprint_frozen(run.model, run.plan) if run.plan else {}
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        display.close()
-        if unfreezing:
-            unfreezing.close()
-    if run.plan:
-        check_frozen(run.model, run.plan, frozen)
-    # Takes accelerate's autocast off the model's forward again.
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return trainer.final_figures()
+    settle_reporters(trainer.callback_handler.callbacks, run.directory.path)
+    return trainer
 
 
-def finish(run: Run, before: dict[str, Any], after: dict[str, Any], tracker: WandbTracker | None) -> dict[str, Any]:
-    """Save model, samples and scorecard, the scorecard last: it marks the run as finished."""
-    scorecard = run.task.make_scorecard(run.corpus, run.recipe, before, after, run.untrained)
-    if is_main_process():
-        run.directory.note(reloaded_logits_differ_by=run.save(run.directory.model))
-        for name, text in after.get("files", {}).items():
-            write_text(run.directory.path / name, text)
-        shown = zip(run.task.prompts(run.recipe), before["samples"], after["samples"], strict=True)
-        samples = [dict(zip(("prompt", "before", "after"), each, strict=True)) for each in shown]
-        write_json(run.directory.samples, samples)
-        print_samples(samples)
-        if run.added:
-            save_audit(run.added, run.directory.vocabulary, run.untrained, (run.model, run.tokenizer))
-        if tracker:
-            tracker.summarise(scorecard)
-        write_json(run.directory.scorecard, scorecard)
-    barrier()
-    return scorecard
-
-
-def _resume_point(run: Run, fingerprints: dict[str, str]) -> Path | None:
-    checkpoints = run.directory.checkpoints
-    checkpoint = choose_checkpoint(run.recipe.run.resume, checkpoints, run.args.world_size, fingerprints)
+def _resume_point(run: Run, fingerprints: dict[str, Any]) -> Path | None:
+    section, checkpoints = run.recipe.run, run.directory.checkpoints
+    checkpoint, differences = choose_checkpoint(section.resume, checkpoints, fingerprints, section.resume_with)
     discard_after(checkpoint, checkpoints)
+    if checkpoint:
+        run.directory.note_resume(str(checkpoint), differences)
     return checkpoint

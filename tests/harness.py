@@ -1,9 +1,11 @@
 """Runs of `kit train` in processes of their own, one or several, with a fault wherever a test wants one.
 
 The processes are forked from a server that has imported the kit, which saves the seconds that an import takes, and get
-the environment that torchrun would give them. Tests of the real launcher are in `test_launcher.py`.
+the environment that torchrun would give them. Tests of the real launcher are in `test_distributed.py`.
 """
 
+import fnmatch
+import functools
 import importlib
 import multiprocessing
 import os
@@ -19,12 +21,19 @@ _context.set_forkserver_preload(["kit.run", "wandb"])
 
 @dataclass(frozen=True)
 class Fault:
-    """Send `signal` to the process that makes the `call`-th call of `target` ("module:Class.function")."""
+    """Send `signal` to the process that makes the `call`-th call of `target` ("module:Class.function").
+
+    Attributes:
+        path: where given, only calls with an argument that matches it count, such as `*/model`.
+        after: let the call return before.
+    """
 
     target: str
     call: int = 1
     signal: int = signal.SIGKILL
     rank: int = 0
+    path: str | None = None
+    after: bool = False
 
 
 def run_kit(arguments, processes=1, fault=None, change=None, timeout=240, output=None):
@@ -85,8 +94,9 @@ def _main(arguments, rank, processes, port, fault, change, output):
         os._exit(stop.code or 0)
 
 
-def install_fault(fault):
-    """Wrap the fault's target so that it sends the signal."""
+def install_fault(fault, strike=None):
+    """Wrap the fault's target so that it sends the signal, or calls `strike` instead."""
+    strike = strike or (lambda: os.kill(os.getpid(), fault.signal))
     module, _, path = fault.target.partition(":")
     owner = importlib.import_module(module)
     *parents, name = path.split(".")
@@ -95,12 +105,19 @@ def install_fault(fault):
     original = getattr(owner, name)
     calls = 0
 
+    @functools.wraps(original)
     def wrapper(*args, **kwargs):
         nonlocal calls
-        calls += 1
-        if calls == fault.call:
-            os.kill(os.getpid(), fault.signal)
-        return original(*args, **kwargs)
+        struck = False
+        if fault.path is None or any(fnmatch.fnmatch(str(each), fault.path) for each in (*args, *kwargs.values())):
+            calls += 1
+            struck = calls == fault.call
+        if struck and not fault.after:
+            strike()
+        returned = original(*args, **kwargs)
+        if struck and fault.after:
+            strike()
+        return returned
 
     setattr(owner, name, wrapper)
 

@@ -22,6 +22,11 @@ class OfflineRun:
     history: list[dict] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
+    tables: dict = field(default_factory=dict)  # by name, each a list of dictionaries
+    artifacts: dict = field(default_factory=dict)  # by name, the records, without those of tables
+    preempted: bool = False
+    exit_codes: list[int] = field(default_factory=list)
+    facts: object = None  # the last record of the run itself: its names and where it belongs
 
 
 def read_runs(folder):
@@ -33,11 +38,11 @@ def read_runs(folder):
         for data in _records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            _add(run, record)
+            _add(run, record, path.parent / "files")
     return runs
 
 
-def _add(run, record):
+def _add(run, record, files):
     kind = record.WhichOneof("record_type")
     if kind == "history":
         entry = {_key(item): json.loads(item.value_json) for item in record.history.item}
@@ -45,10 +50,22 @@ def _add(run, record):
     elif kind == "run":
         run.config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
         run.config.pop("_wandb", None)
+        run.facts = record.run
+    elif kind == "preempting":
+        run.preempted = True
+    elif kind == "exit":
+        run.exit_codes.append(record.exit.exit_code)
+    elif kind == "artifact" and record.artifact.type != "run_table":
+        run.artifacts[record.artifact.name] = record.artifact
     elif kind == "summary":
         # The client adds what it logged last; the scorecard is what the kit sets itself.
         values = {_key(item): json.loads(item.value_json) for item in record.summary.update}
         run.summary.update({key: value for key, value in values.items() if key.startswith("scorecard/")})
+        for key, value in values.items():
+            if key.startswith("tables/"):
+                table = json.loads((files / value["path"]).read_text())
+                rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+                run.tables[key.removeprefix("tables/")] = rows
 
 
 def _key(item):

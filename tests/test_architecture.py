@@ -111,12 +111,13 @@ def test_recipe_keys_change_deliberately():
             "Generation": "max_new_tokens do_sample top_k temperature seed",
         },
         running: {
-            "RunSection": "output_dir resume early_stopping",
+            "RunSection": "output_dir resume resume_with global_batch_size early_stopping save_minutes "
+            "skip_nonfinite_steps",
             "EarlyStopping": "patience threshold",
         },
         tracking: {
-            "TrackingSection": "wandb",
-            "WandbSection": "project entity group tags mode",
+            "TrackingSection": "wandb peak_tflops",
+            "WandbSection": "project entity name group job_type tags notes mode log_text log_model log_data",
         },
         data: {
             "DataSection": "train validation replay exact_duplicates near_duplicates evaluation_overlap block_size "

@@ -88,7 +88,7 @@ def test_user_error_that_needs_the_run_directory_is_in_the_manifest(kit, write_r
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["status"] == "user-error"
     assert "at most 64" in manifest["message"]
-    assert kit("status", recipe)[0] == 2
+    assert kit("status", recipe)[:2] == (2, f"{tmp_path / 'run'}: user-error\n{manifest['message']}\n")
 
 
 def test_fault_of_ours_exits_with_1_and_a_traceback(kit, write_recipe, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Files are whole or absent, and a folder's marker vouches for what lies in it."""
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -161,6 +164,16 @@ def test_a_folder_is_built_once_and_again_when_it_is_damaged(tmp_path):
     assert not any(path.exists() for path in built)
 
 
+def test_a_damaged_folder_is_gone_before_it_is_built_again(tmp_path):
+    """Were it put aside at the end, a kill between the renames and its removal would leave it there for good."""
+    store = tmp_path / "store"
+    build_once(store, lambda folder: write_text(folder / "a.txt", "hello"))
+    write_text(store / "a.txt", "other")
+    there = []
+    build_once(store, lambda folder: there.append(store.exists()))
+    assert there == [False]
+
+
 def test_a_failed_build_leaves_nothing_and_can_be_tried_again(tmp_path):
     def fail(temporary):
         write_text(temporary / "half.txt", "half")
@@ -198,3 +211,30 @@ def test_one_of_many_threads_builds(tmp_path):
         worker.join(timeout=30)
     assert len(built) == 1
     assert markers == [read_seal(tmp_path / "key")] * threads
+
+
+WRITE = """
+import os, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from kit.files import put_in_place, replaced_folder, seal
+here = Path(sys.argv[1])
+with replaced_folder(here / "model") as folder:
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / "deep").mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "deep/model.safetensors")
+(here / "checkpoint").mkdir()
+save_file({"a": torch.zeros(1)}, here / "checkpoint/model.safetensors")
+seal(here / "checkpoint")
+save_file({"a": torch.zeros(1)}, here / "made")
+put_in_place(here / "made", here / "file")
+"""
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_weights_are_readable_by_whom_the_umask_lets_read(tmp_path, mask):
+    """Safetensors writes them for their owner alone."""
+    subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], check=True, umask=mask, cwd=Path(__file__).parents[1])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "accelerate_configs"
 # As by hand: a make that runs the tests passes on its options and variables, and one within it tells of its folders.
 OF_MAKE = "MAKEFLAGS MAKELEVEL MFLAGS MAKEOVERRIDES ARGS RECIPE LAUNCH LAUNCHER NODES GPUS SBATCH".split()
+OF_MAKE += ["RUN", "FILE", "PROMPT"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OF_MAKE}
 SBATCH = FOLDER / "slurm.sbatch"
 #             started by accelerate as, machines, processes
@@ -284,6 +285,22 @@ def test_how_the_run_stands_decides_how_a_slurm_job_ends(cluster, launcher, stat
     assert calls(cluster, "scontrol requeue") == (["scontrol requeue 4242"] if again else [])
 
 
+@pytest.mark.parametrize(("saved", "again"), [("5 5", 2), ("5 5 6 6", 4), ("5 5 5", 2), ("5 6 6 7 7 7", 5)])
+def test_slurm_job_that_gets_nowhere_is_queued_again_twice(cluster, saved, again):
+    stub = cluster[0] / "bin/accelerate"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    for step in saved.split():
+        stub = cluster[0] / "bin/kit"
+        stub.write_text(f"#!/bin/sh\necho run: preempted, checkpoint-{step} is saved\nexit 143\n")
+        stub.chmod(0o755)
+        process = start(cluster, "recipe.yaml")
+        output, _ = process.communicate(timeout=120)
+        assert (process.returncode == 143) == ("not queued again" in output)
+    assert len(calls(cluster, "scontrol requeue")) == again
+    assert ("`kit prepare recipe.yaml` beforehand" in output) == (again < len(saved.split()))
+
+
 # ---- make
 
 
@@ -303,19 +320,50 @@ def make(*words):
         (["train", "RECIPE=r.yaml", "LAUNCH=dpp"], "no such launch file; there are: cpu cpu_2proc ddp fsdp2"),
         (["slurm", "RECIPE=r.yaml", "LAUNCH=dpp"], "no such launch file; there are: cpu cpu_2proc ddp fsdp2"),
         (["slurm", "RECIPE=r.yaml", "LAUNCH=cpu"], "would not pass on the signal"),
+        (["slurm", "RECIPE=r.yaml", "NODES=0"], "NODES=0: expected a number of machines, at least 1"),
+        (["slurm", "RECIPE=r.yaml", "GPUS=x"], "GPUS=x: expected a number of GPUs"),
+        (["train", "RECIPE=recipes/text/lm_gtp2_full.yaml", "LAUNCH=cpu"], "did you mean `recipes/text/lm_gpt2_full"),
+        (["slurm", "RECIPE=recipes/text/lm_gtp2_full.yaml"], "did you mean `recipes/text/lm_gpt2_full"),
+        (["check"], "RECIPE is missing: make check RECIPE="),
+        (["prepare"], "RECIPE is missing"),
+        (["evaluate"], "RUN is missing"),
+        (["generate", "RUN=r"], "PROMPT is missing"),
+        (["predict", "RUN=r"], "FILE is missing: make predict RUN="),
+        (["merge"], "RUN is missing"),
     ],
 )
 def test_make_says_what_it_misses(words, message):
     process = make(*words)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=240)
     assert message in output
     assert process.returncode == 2
+
+
+def test_make_help_lists_every_target_that_is_meant_to_be_called():
+    output, _ = make("help").communicate(timeout=30)
+    listed = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
+    wanted = "install demo test test-slow test-gpu bench train check prepare evaluate generate predict merge".split()
+    wanted += "slurm schema docs lint format clean".split()
+    assert [name for name in listed if name in wanted] == wanted
+
+
+def test_make_generate_passes_on_a_prompt_with_quotes(cluster):
+    folder, environment = cluster
+    (folder / "Makefile").symlink_to(ROOT / "Makefile")
+    stub = folder / "bin/kit"
+    stub.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
+    stub.chmod(0o755)
+    words = ["-s", "--old-file=.venv/.installed", "generate", "BIN=bin", "RUN=r", 'PROMPT=say "a  b" `x`']
+    result = subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith('<generate><r><--prompt><say "a  b" `x`>')
 
 
 def test_make_slurm_prints_and_runs_the_line_of_sbatch(cluster):
     folder, environment = cluster
     for file in ("Makefile", "pyproject.toml", "constraints.txt"):
         (folder / file).symlink_to(ROOT / file)
+    (folder / "recipes").mkdir()
+    (folder / "recipes/lm_x.yaml").touch()
     words = ["slurm", "RECIPE=recipes/lm_x.yaml", "NODES=2", "GPUS=8", "SBATCH=--time=1:00:00", "ARGS=a.b=c"]
     command = ["make", "--old-file=.venv/.installed", *words]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)

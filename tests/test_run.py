@@ -15,6 +15,7 @@ from kit.errors import UserError
 from kit.recipe.loading import load_recipe
 from kit.tasks import causal_lm
 from tests.harness import run_kit
+from tests.history import read_history
 from tests.material import documents
 
 EVALUATED = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
@@ -101,8 +102,9 @@ def test_resolved_recipe_repeats_the_run(write_recipe, tmp_path):
     assert load_recipe(resolved).run.output_dir == str(tmp_path / "run")
     run.train(str(resolved), [f"run.output_dir={tmp_path / 'again'}"])
     assert read(tmp_path / "again/scorecard.json") == read(tmp_path / "run/scorecard.json")
-    for name in ("model/model.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert read_history(tmp_path / "again") == read_history(tmp_path / "run")
+    weights = "model/model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet", "txt.gz"])
@@ -211,7 +213,7 @@ def test_prepare_leaves_another_recipes_run_alone(write_recipe, tmp_path):
 
 def test_diverged_training_ends_with_one_message(write_recipe, tmp_path):
     changes = ["training.learning_rate=1e30", "training.max_grad_norm=0", "training.logging_steps=1"]
-    with pytest.raises(UserError, match=r"step \d: (loss|grad_norm) is (nan|inf): training has diverged"):
+    with pytest.raises(UserError, match=r"step \d: the (loss|gradient) is no number"):
         run.train(str(write_recipe(training={"max_steps": 6})), changes)
     assert not (tmp_path / "run/model").exists()
     assert read(tmp_path / "run/manifest.json")["status"] == "user-error"

@@ -160,11 +160,20 @@ class TokenRows(Dataset):
         """Return one row; index -1 is a row without any label, for ranks that have none left."""
         if index == -1:
             return self._row([], 1)
+        part, start, end = self._place(index)
+        pieces = [self._pairs(part.store, *piece) for piece in part.pieces(start, end)]
+        return self._row(pieces, part.block_size if self.packing else end - start)
+
+    def documents(self, index: int) -> tuple[TokenStore, list[int]]:
+        """Return the store of a row, and which of its documents lie in the row."""
+        part, start, end = self._place(index)
+        return part.store, [document for document, _, _ in part.pieces(start, end)]
+
+    def _place(self, index: int) -> tuple[TrainPart, int, int]:
+        """Return where a row lies: its part, and from where to where in the part's chain of pairs."""
         which = int(np.searchsorted(self._ends, index, side="right"))
-        part = self.parts[which]
         start, end = self._rows[which][index - self._starts[which]]
-        pieces = [self._pairs(part.store, *piece) for piece in part.pieces(int(start), int(end))]
-        return self._row(pieces, part.block_size if self.packing else int(end - start))
+        return self.parts[which], int(start), int(end)
 
     def _pairs(self, store: TokenStore, document: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         begin = int(store.offsets[document])

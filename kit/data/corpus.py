@@ -13,6 +13,7 @@ from kit.data.blocks import CollateRows, TokenRows, TrainPart, select_blocks
 from kit.data.cleaning import ALSO_EVALUATED, Cleaned, Selections, clean
 from kit.data.columns import LeftOut
 from kit.data.ledger import LedgerRow, account, enter_shares, ledger_as_json
+from kit.data.naming import name_documents
 from kit.data.sampling import EpochBatches
 from kit.data.sources import hash_text, read_documents, source_fingerprint, watch
 from kit.data.splits import choose_documents, held_out
@@ -121,6 +122,10 @@ class Corpus:
         """Return the micro-batches of this process."""
         seed = args.seed if args.data_seed is None else args.data_seed
         return EpochBatches(len(self.rows), args.train_batch_size, seed, args.world_size, args.process_index)
+
+    def name_rows(self, rows: Sequence[int], most: int) -> tuple[list[str], int]:
+        """Return in words which documents lie in some rows, at most so many of them, and how many there are."""
+        return name_documents(self.rows, rows, most)
 
     def ledger_as_json(self) -> list[dict[str, Any]]:
         """Return the ledger as it is saved."""

@@ -85,6 +85,7 @@ class LabeledCorpus:
         sets: the evaluation sets: validation, train_sample, test, then those that the recipe names.
         final_sets: those that are measured at the end alone.
         train: the training part before rows are repeated or copied.
+        origins: int64 (rows,), which of them each of `rows` is or was made from.
         labels: the classes.
         class_weights: float64 (classes,), or None where all rows weigh the same.
         ledger: the account of each part, the training part first.
@@ -101,6 +102,7 @@ class LabeledCorpus:
     sets: dict[str, LabeledSet]
     final_sets: tuple[str, ...]
     train: LabeledSet
+    origins: np.ndarray
     labels: LabelSet
     class_weights: np.ndarray | None
     ledger: list[RowLedger]
@@ -120,6 +122,15 @@ class LabeledCorpus:
             self.group_by_length,
             self.max_tokens_per_batch,
         )
+
+    def name_rows(self, rows: Sequence[int], most: int) -> tuple[list[str], int]:
+        """Return in words where some rows were read, at most so many of them, and how many there are."""
+        copies = self.rows.chosen >= len(self.train)
+        lines = [
+            f"row {row}: {self.train.where[self.origins[row]]}{' (a noisy copy)' if copies[row] else ''}"
+            for row in rows[:most]
+        ]
+        return lines, len(rows)
 
     def collate_encoded(self, texts: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Return a batch of texts without labels, as `SequenceCoding.encode` returns them."""
@@ -178,7 +189,7 @@ def build_labeled_corpus(
     train = parts.pop("train")
     seen = _labeled_set(train, "train", _encode_part(train, coding))
     weights = class_weights(train.labels, labels, data.balancing)
-    rows = _epoch(train, seen, data, coding, weights)
+    rows, origins = _epoch(train, seen, data, coding, weights)
     train.ledger.enter_rows(rows.labels, labels, rows.lengths, rows.uncut)
     measured = {name: _labeled_set(part, name, _encode_part(part, coding)) for name, part in parts.items()}
     if evaluation.train_sample:
@@ -196,6 +207,7 @@ def build_labeled_corpus(
         sets=sets,
         final_sets=tuple(name for name in sets if name not in ("validation", "train_sample")),
         train=seen,
+        origins=origins,
         labels=labels,
         class_weights=weights,
         ledger=[train.ledger, *(parts[name].ledger for name in sets)],
@@ -225,8 +237,11 @@ def _labeled_set(part: LabeledPart, name: str, texts: EncodedTexts, chosen: np.n
 
 def _epoch(
     train: LabeledPart, seen: LabeledSet, data: LabeledDataSection, coding: SequenceCoding, weights: np.ndarray | None
-) -> LabeledRows:
-    """Return the training rows of an epoch: each as it is, those that balance repeats, and noisy copies of both."""
+) -> tuple[LabeledRows, np.ndarray]:
+    """Return the training rows of an epoch, and which row each is or was made from: int64 (rows,).
+
+    Each row as it is, those that balance repeats, and noisy copies of both.
+    """
     texts, chosen = seen.rows.texts, np.arange(len(train))
     if data.balancing and data.balancing.method == "oversample":
         chosen = oversample(train.hashes, train.labels, data.balancing.seed)
@@ -241,7 +256,7 @@ def _epoch(
         chosen = np.concatenate([chosen, len(train) + np.arange(len(copied))])
         rows = np.concatenate([rows, copied])
     labels = train.labels[rows]
-    return LabeledRows(texts, chosen, labels, row_weights(labels, weights))
+    return LabeledRows(texts, chosen, labels, row_weights(labels, weights)), rows
 
 
 def _noisy_copies(

@@ -163,6 +163,12 @@ class CollateLabeled:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the number of tokens of a batch's examples, without padding and what weighs nothing: int64 scalar."""
+    weighs = batch["weights"].reshape(len(batch["weights"]), -1).any(-1)
+    return (batch["attention_mask"].sum(-1) * weighs).sum()
+
+
 def encode_texts(
     texts: Sequence[str], pairs: Sequence[str] | None, where: Sequence[str], coding: SequenceCoding
 ) -> EncodedTexts:

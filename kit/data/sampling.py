@@ -1,6 +1,7 @@
 """The order of rows in an epoch, and each process's part of it."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -60,6 +61,18 @@ class EpochBatches:
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle of an epoch."""
         self.epoch = epoch
+
+    def of_step(self, step: int, accumulation: int) -> list[list[int]]:
+        """Return the row indices of each of this process's micro-batches in an optimizer step.
+
+        Args:
+            step: counted from 0 over all epochs.
+            accumulation: micro-batches of a step.
+        """
+        steps_per_epoch = -(-len(self) // accumulation)
+        self.set_epoch(step // steps_per_epoch)
+        first = step % steps_per_epoch * accumulation
+        return list(islice(self, first, first + accumulation))
 
     def __len__(self) -> int:
         """Return the number of micro-batches of an epoch, the same on every process."""

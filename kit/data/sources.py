@@ -50,7 +50,17 @@ def read_documents(source: Source) -> Iterator[str | LeftOut]:
     Raises:
         UserError: the source cannot be read.
     """
-    return at_most(source, lambda: _documents(source), hash_text)
+    located = located_documents(source)
+    return (document if isinstance(document, LeftOut) else document[1] for document in located)
+
+
+def located_documents(source: Source) -> Iterator[tuple[str, str] | LeftOut]:
+    """Return what `read_documents` does, each text with its file and line, or row.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    return at_most(source, lambda: _documents(source), lambda document: hash_text(document[1]))
 
 
 def at_most(source: Origin, read: Callable[[], Iterator[T | LeftOut]], hash_of: Callable[[T], int]) -> Iterator:
@@ -168,9 +178,10 @@ def _fraction(source: Origin) -> tuple[float, int] | None:
     return (fraction, source.seed) if fraction is not None else None
 
 
-def _documents(source: Source) -> Iterator[str | LeftOut]:
+def _documents(source: Source) -> Iterator[tuple[str, str] | LeftOut]:
     for where, text in _texts(source):
-        yield text if isinstance(text, LeftOut) else filter_text(source, where, text)
+        kept = text if isinstance(text, LeftOut) else filter_text(source, where, text)
+        yield kept if isinstance(kept, LeftOut) else (where, kept)
 
 
 def filter_text(source: Origin, where: str, text: str) -> str | LeftOut:

@@ -6,25 +6,51 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from kit.console import progress
 
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and into the precision of its weights, and back."""
+    """Put the model into evaluation mode and into the precision of its weights, and back.
+
+    Weights that FSDP2 keeps in shards are in shards again after it.
+    """
     was_training = model.training
     model.eval()
     # accelerate patches autocast into the `forward` of the model that it prepares, where it would also round this.
     patched = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
     if patched is not None:
         model.forward = model.__dict__["_original_forward"]
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    policies = [_set_precision(module, MixedPrecisionPolicy()) for module in sharded]
     try:
         yield
     finally:
+        for module, policy in zip(sharded, policies, strict=True):
+            _set_precision(module, policy)
         if patched is not None:
             model.forward = patched
         model.train(was_training)
+
+
+def _set_precision(module: FSDPModule, policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """Let FSDP2 gather a module's weights, and compute, in another precision; return the one before.
+
+    It has no function for this. What it has gathered is let go: after a forward pass alone it keeps some.
+    """
+    module.reshard()
+    state = module._get_fsdp_state()
+    before, state._mp_policy = state._mp_policy, policy
+    for group in state._fsdp_param_groups:
+        group.mp_policy = policy
+        for parameter in group.fsdp_params:
+            parameter.mp_policy = policy
+            parameter.init_dtype_attrs(policy)
+            parameter.all_gather_outputs = []
+            parameter.__dict__.pop("_unsharded_param", None)
+    return before
 
 
 def batches_of(lengths: np.ndarray, max_positions: int) -> list[np.ndarray]:
@@ -69,9 +95,12 @@ def score_in_batches(
     with inference(model):
         for batch_of_each_rank in progress(rounds, description, total=len(lengths), size=lambda r: sum(map(len, r))):
             poll()
+            # A process that has run out of batches computes one of the others': where each has a part of the weights,
+            # all have to go through the model equally often.
+            batch = batch_of_each_rank[min(rank, len(batch_of_each_rank) - 1)]
+            scored = score(batch).double().cpu()
             if rank < len(batch_of_each_rank):
-                batch = batch_of_each_rank[rank]
-                scores[batch] = score(batch).double().cpu()
+                scores[batch] = scored
     if processes > 1:
         # NCCL reduces what is on the GPU, gloo what is on the CPU; the model's device is right for both.
         on_device = scores.to(next(model.parameters()).device)

@@ -101,8 +101,12 @@ def evaluate_documents(
         steps = progress(rounds, f"measuring {documents.name}", total=len(windows), size=lambda r: sum(map(len, r)))
         for batch_of_each_rank in steps:
             poll()
+            # A process that has run out of batches computes one of the others': where each has a part of the weights,
+            # all have to go through the model equally often.
+            batch = batch_of_each_rank[min(rank, len(batch_of_each_rank) - 1)]
+            scored = _score(model, documents, windows[batch], context_token_id, device)
             if rank < len(batch_of_each_rank):
-                sums += _score(model, documents, windows[batch_of_each_rank[rank]], context_token_id, device)
+                sums += scored
     if processes > 1:
         # NCCL reduces what is on the GPU, gloo what is on the CPU; the model's device is right for both.
         on_device = sums.to(device)
@@ -140,7 +144,7 @@ def _score(
         is_eos[row, size - 1] = bool(end == documents.lengths[document])
     logits = model(input_ids=input_ids.to(device), use_cache=False).logits.flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets, is_eos = targets.flatten().to(device), is_eos.flatten()
+    targets, is_eos = targets.flatten().to(logits.device), is_eos.flatten()
     nll = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").cpu().double()
     right = logits.argmax(-1).eq(targets).cpu()
     is_token = targets.cpu().ge(0) & ~is_eos

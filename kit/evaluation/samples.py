@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.console import say
 from kit.errors import UserError
+from kit.evaluation.inference import inference
 
 
 @torch.no_grad()
@@ -43,16 +46,18 @@ def continue_prompts(
     """
     if num_return_sequences > 1 and not do_sample:
         raise UserError(f"num_return_sequences: found {num_return_sequences}; without sampling there is only one")
-    was_training = model.training
+    # As in `inference`: processes of which each has a part of the weights go through the model equally often.
+    first = next(model.parameters())
+    synced = isinstance(model, FSDPModule) or hasattr(first, "ds_id") or None
+    device = torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
     sampling = {"top_k": top_k, "temperature": temperature} if do_sample else {}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     results = []
-    model.eval()
-    try:
+    with inference(model):
         for prompt in prompts:
-            inputs = _encode(tokenizer, prompt).to(model.device)
+            inputs = _encode(tokenizer, prompt).to(device)
             new_tokens = _count_new_tokens(model, inputs.shape[1], max_new_tokens, max_length)
-            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 output = model.generate(
                     inputs,
@@ -64,11 +69,10 @@ def continue_prompts(
                     # Not `max_length`: a `max_new_tokens` in the model's own generation settings would win over it.
                     max_new_tokens=new_tokens,
                     do_sample=do_sample,
+                    synced_gpus=synced,
                     **sampling,
                 )
             results.append([_shown(tokenizer, ids) for ids in output.tolist()])
-    finally:
-        model.train(was_training)
     return results
 
 

@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -22,6 +22,7 @@ from kit.model.heads import head_names, is_classifier
 from kit.model.hub import ADAPTER_RECORD, expand
 from kit.model.new_rows import new_row_ids, train_new_rows
 from kit.model.saving import fixed_logits
+from kit.model.shards import gather, whole_shape, write, write_rows
 from kit.recipe.adapter import PEFT_ERRORS, peft_reason
 from kit.recipe.models import ModelSection
 
@@ -110,22 +111,35 @@ class Adapter:
     base: BaseFacts
     added_ids: Sequence[int] = ()
 
-    def write(self, folder: str | Path) -> None:
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what `write` needs of the model's state: whole, on the first process; called on all of them."""
+        state, plain = self.model.state_dict(keep_vars=True), self.model.get_base_model()
+        own = get_peft_model_state_dict(self.model, state, save_embedding_layers=False)
+        wanted = {id(tensor) for tensor in (*own.values(), *(_matrices(plain).values() if self._new_ids() else ()))}
+        return gather({name: tensor for name, tensor in state.items() if id(tensor) in wanted})
+
+    def _new_ids(self) -> list[int]:
+        """Return the ids of all rows that the base does not have, or not as they are here."""
+        plain = self.model.get_base_model()
+        size = whole_shape(plain_embeddings(plain)[0].weight)[0]
+        return sorted({*self.added_ids, *(new_row_ids(plain) or ()), *range(self.base.rows, size)})
+
+    def write(self, folder: str | Path, state: Mapping[str, torch.Tensor]) -> None:
         """Write the adapter in peft's format into a folder that exists, with the rows that the base does not have.
 
         What stands in `base.json` says which model it belongs to; configuration and generation settings are those of
-        the model with its new tokens.
+        the model with its new tokens. `state` is what the method of that name returned on the first process.
         """
         folder, plain = Path(folder), self.model.get_base_model()
-        size, trained = len(plain_embeddings(plain)[0].weight), list(new_row_ids(plain) or ())
-        added = {*self.added_ids, *trained, *range(self.base.rows, size)}
-        ids = torch.tensor(sorted(added), dtype=torch.long)
+        size, trained = whole_shape(plain_embeddings(plain)[0].weight)[0], list(new_row_ids(plain) or ())
+        added = self._new_ids()
+        ids = torch.tensor(added, dtype=torch.long)
         of_peft = self.model.peft_config[self.model.active_adapter]
         of_peft.base_model_name_or_path, of_peft.revision = self.base.name, self.base.revision
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft takes a bias for what FSDP has left of a matrix
             # It would save the whole embeddings where they have grown, and look on the Hub whether they have.
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            self.model.save_pretrained(folder, save_embedding_layers=False, state_dict=dict(state))
         (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
         config = copy.deepcopy(plain.config)
         if hasattr(config, "quantization_config"):
@@ -134,7 +148,8 @@ class Adapter:
         if plain.can_generate():
             plain.generation_config.save_pretrained(folder)
         if added:
-            rows = {key: whole.detach()[ids.to(whole.device)].cpu() for key, whole in _matrices(plain).items()}
+            names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
+            rows = {key: state[names[id(matrix)]][ids] for key, matrix in _matrices(plain).items()}
             save_file({"ids": ids, **rows}, folder / _ROWS_FILE)
         written = sorted([*folder.glob("*.safetensors"), folder / ADAPTER_CONFIG_NAME])
         files = {path.name: hash_file(path) for path in written}
@@ -150,11 +165,13 @@ class Adapter:
         """
         folder = Path(folder)
         record = read_adapter(folder)
-        weights = load_peft_weights(str(folder), device=str(self.model.device))
-        ours = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        weights = load_peft_weights(str(folder), device="cpu")
+        ours = self.model.state_dict(keep_vars=True)
+        ours = get_peft_model_state_dict(self.model, ours, save_embedding_layers=False)
         if differing := ours.keys() ^ weights.keys():
             raise RuntimeError(f"{folder} and the adapter in memory differ: {sorted(differing)[:5]}")
-        set_peft_model_state_dict(self.model, weights)
+        for name, tensor in ours.items():
+            write(tensor, weights[name])
         _restore_rows(self.model.get_base_model(), folder, record)
 
 
@@ -209,8 +226,8 @@ def load_adapter(
 def _restore_rows(model: PreTrainedModel, folder: Path, record: dict[str, Any]) -> None:
     if _ROWS_FILE in record["files"]:
         saved = load_file(folder / _ROWS_FILE)
-        for key, whole in _matrices(model).items():
-            whole.data[saved["ids"].to(whole.device)] = saved[key].to(whole.device)
+        for key, matrix in _matrices(model).items():
+            write_rows(matrix, saved["ids"], saved[key])
 
 
 def _restore_ids(model: PreTrainedModel, folder: Path) -> None:

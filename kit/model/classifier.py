@@ -27,6 +27,7 @@ from kit.model.loading import (
     load_model,
     stored_kind,
 )
+from kit.model.shards import whole, write
 from kit.model.tokenizer import special_tokens
 from kit.recipe.models import ModelSection
 
@@ -142,7 +143,7 @@ def fold_temperature(model: PreTrainedModel, temperature: float) -> None:
     """
     _, layer = logits_layer(model)
     for parameter in layer.parameters():
-        parameter.div_(temperature)
+        write(parameter, whole(parameter) / temperature)
 
 
 def _load_labeled(

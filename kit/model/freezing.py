@@ -1,38 +1,15 @@
 """What can be told of a recipe's `freezing` section before its model is there, and what of a model trains."""
 
-import os
 from collections.abc import Collection
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kit.errors import UserError
 from kit.model.new_rows import is_new_rows
 from kit.model.parts import select
 from kit.model.quantization import number_of_values
 from kit.recipe.freezing import FreezingSection, Parts
-from kit.recipe.models import Recipe
-
-
-def check_sharding(recipe: Recipe, args: TrainingArguments) -> None:
-    """Check that what a recipe freezes goes together with how its training is spread over devices.
-
-    Raises:
-        UserError: FSDP or DeepSpeed cuts parameters into shards, of which a plan by names has not been tried.
-    """
-    key = next((name for name in ("freezing", "adapter") if getattr(recipe, name)), None)
-    if key is None:
-        return
-    sharding = {
-        "FSDP": args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
-        "DeepSpeed": args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
-    }
-    for name, used in sharding.items():
-        if used:
-            raise UserError(
-                f"{key}: not with {name}, which cuts parameters into shards: what is frozen, or trains at a rate of "
-                f"its own, could not be followed and proven there; leave out one of the two"
-            )
 
 
 def check_blocks(section: FreezingSection | None, config: PreTrainedConfig) -> None:
@@ -97,4 +74,4 @@ def check_random_parameters(section: FreezingSection | None, model: PreTrainedMo
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters there are, and how many train: of a frozen matrix, the new rows alone."""
     total = sum(number_of_values(p) for name, p in model.named_parameters() if not is_new_rows(name))
-    return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return total, sum(number_of_values(p) for p in model.parameters() if p.requires_grad)

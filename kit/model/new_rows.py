@@ -6,6 +6,9 @@ hooks put functions into autograd's graph that change no value and work out the 
 never computed. The common ways fall short: a hook that zeroes the gradient of old rows keeps an optimizer state for the
 whole matrix, and weight decay moves the old rows; peft's trainable tokens copy the matrix in each forward pass, drop
 the bias of a head, and rename modules.
+
+Where parameters are cut into shards, nothing can share memory: there the rows are set apart, and the forward passes of
+training put them in their places, until `put_back` writes them into the matrix.
 """
 
 from collections.abc import Sequence
@@ -14,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from kit.errors import UserError
+from kit.model.shards import whole as unsharded
+from kit.model.shards import write, write_rows
 
 _ROWS, _BIAS = "new_rows", "new_bias"  # parameters of the input embedding and of the head
 _WAY_OUT = "`embeddings: true` and `head: true` in its place train the whole matrices, which works there"
@@ -61,9 +67,39 @@ def train_new_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
     head.register_forward_hook(_after_head)
 
 
+def set_apart(model: nn.Module) -> None:
+    """Give the rows that train alone memory of their own, before the model's parameters are cut into shards."""
+    for module in _owners(model):
+        module.rows_are_apart = True
+        for _, part in _wholes_and_parts(module):
+            part.data = part.data.clone()
+
+
+def put_back(model: nn.Module) -> None:
+    """Write rows that are apart into their matrices, which all but training reads; called on all processes."""
+    for module in _owners(model):
+        for matrix, part in _wholes_and_parts(module) if _are_apart(module) else ():
+            write_rows(matrix, torch.tensor(module.new_row_ids), unsharded(part))
+
+
+def take_out(model: nn.Module) -> None:
+    """Read rows that are apart from their matrices, which were loaded; called on all processes."""
+    for module in _owners(model):
+        for matrix, part in _wholes_and_parts(module) if _are_apart(module) else ():
+            write(part, _rows(unsharded(matrix), module.new_row_ids))
+
+
+def _owners(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _ROWS in module._parameters]
+
+
+def _are_apart(module: nn.Module) -> bool:
+    return getattr(module, "rows_are_apart", False)
+
+
 def new_row_ids(model: nn.Module) -> range | None:
     """Return the ids whose rows `train_new_rows` made trainable; None if it was not called."""
-    return next((module.new_row_ids for module in model.modules() if _ROWS in module._parameters), None)
+    return next((module.new_row_ids for module in _owners(model)), None)
 
 
 def is_new_rows(name: str) -> bool:
@@ -112,7 +148,7 @@ def _leave_out(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, m
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     missing = incompatible_keys.missing_keys
     missing[:] = [name for name in missing if not is_new_rows(name)]
-    for whole, part in _wholes_and_parts(module):
+    for whole, part in _wholes_and_parts(module) if not _are_apart(module) else ():
         part.data = _rows(whole, module.new_row_ids)  # what was loaded, should the part have lain elsewhere
 
 
@@ -156,15 +192,32 @@ def _is_part(whole: torch.Tensor, part: torch.Tensor, first: int) -> bool:
 
 
 def _after_embedding(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    if not _trains(module):
-        return None
     scale = getattr(module, "embed_scale", 1.0)
     if isinstance(scale, torch.Tensor):
         scale = scale.to(module.weight.dtype)  # as Gemma's forward pass rounds it
+    if _are_apart(module):
+        return _with_rows(module, args[0], output, scale) if module.training else None
+    if not _trains(module):
+        return None
     return _EmbeddedRows.apply(output, module.new_rows, args[0], module.new_row_ids, module.padding_idx, scale)
 
 
+def _with_rows(module: nn.Module, ids: torch.Tensor, output: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Return embeddings in which those of new ids are rows that are apart."""
+    first, number = module.new_row_ids.start, len(module.new_row_ids)
+    padding = None if module.padding_idx is None else module.padding_idx - first
+    places = (ids - first).clamp(0, number - 1)
+    rows = F.embedding(places, module.new_rows, padding if padding in range(number) else None) * scale
+    return torch.where(((ids >= first) & (ids < module.new_row_ids.stop)).unsqueeze(-1), rows, output)
+
+
 def _after_head(module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
+    if _are_apart(module):
+        if module.training:  # in place: logits are what takes most memory
+            logits[..., module.new_row_ids.start : module.new_row_ids.stop] = F.linear(
+                args[0], module.new_rows, _bias(module)
+            )
+        return None
     if not _trains(module):
         return None
     return _ProjectedRows.apply(logits, args[0], module.new_rows, _bias(module), module.new_row_ids)

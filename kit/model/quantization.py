@@ -70,6 +70,6 @@ def copy_dequantized(quantized: PreTrainedModel, plain: PreTrainedModel) -> None
 
 
 def number_of_values(parameter: nn.Parameter) -> int:
-    """Return how many values a parameter has; of one in 4 bits two share a byte."""
+    """Return how many values a parameter has; of one in 4 bits two share a byte, and ZeRO-3 leaves an empty one."""
     state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+    return math.prod(state.shape) if state is not None else getattr(parameter, "ds_numel", parameter.numel())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.console import say, table, warn
 from kit.model.readable import readable_tokens, visible
+from kit.model.shards import whole
 from kit.model.tokenizer import SpecialTokens, encoder
 from kit.model.vocabulary import AddedRow, Extension
 
@@ -248,7 +249,7 @@ def audit_after(
     steps = {name: now[name].double() - start.double() for name, start in initial.items()}
     far = {name: _lengths(step) for name, step in steps.items()}
     same = {name: (step == 0).all(dim=1).tolist() for name, step in steps.items()}
-    nearest = _nearest(model.get_input_embeddings().weight.detach(), ids, audit.old_ids)
+    nearest = _nearest(whole(model.get_input_embeddings().weight), ids, audit.old_ids)
     shown = readable_tokens(tokenizer, (near for pairs in nearest for near, _ in pairs))
     movements = {}
     for number, id_ in enumerate(ids):
@@ -346,7 +347,7 @@ def _saved_each(
 def _rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, torch.Tensor]:
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings()
     untied = outputs is not None and outputs.weight is not inputs
-    weights = {"input": inputs.detach()} | ({"output": outputs.weight.detach()} if untied else {})
+    weights = {"input": whole(inputs)} | ({"output": whole(outputs.weight)} if untied else {})
     return {name: w[list(ids)].to("cpu", torch.promote_types(w.dtype, torch.float32)) for name, w in weights.items()}
 
 

@@ -1,6 +1,5 @@
 """Load, write and compare recipes. Importing this module imports neither torch nor transformers."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -14,13 +13,12 @@ from kit.errors import UserError
 from kit.recipe.adapter import AdapterSection, check_adapter
 from kit.recipe.layers import apply_override, read_layers
 from kit.recipe.models import Recipe
+from kit.recipe.resuming import NOT_FOR_THE_NUMBERS, explain_refusal
 from kit.recipe.section import Section
 from kit.recipe.validation import show_problems, validate_document
 from kit.recipe.words import Problem
 from kit.recipe.yaml import write_yaml
 
-# What may differ between two runs without changing a number that they compute, beside all of `tracking`.
-_NOT_FOR_THE_NUMBERS = {"run": ("resume", "output_dir"), "data": ("store_dir", "num_proc")}
 # How a step is computed, not what: a run that is out of memory goes on with others of these, equal but for rounding.
 _MANNER = {
     "per_device_eval_batch_size",
@@ -62,6 +60,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         places = {name: document.place(("training", name)) for name in training}
         checked, found = find_training_problems(training, places)
         problems += [Problem(("training", name), text) for name, text in found]
+    if recipe is not None:
+        named = ((name, explain_refusal(name, type(recipe), allowed_names())) for name in recipe.run.resume_with)
+        problems += [Problem(("run", "resume_with"), f"`{name}`: {why}") for name, why in named if why]
     if recipe is not None and recipe.adapter:
         problems += _find_adapter_problems(recipe.adapter, recipe.task)
     if problems:
@@ -126,33 +127,27 @@ def _writable(section: Section) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in kept}
 
 
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """Return a hash (SHA-256, in hexadecimal) of everything in the recipe that affects the numbers of a run.
+def recipe_settings(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
+    """Return `{dotted key: value}` of everything that affects the numbers of a run on so many processes.
 
-    That is all of it but `run.resume`, `run.output_dir`, `tracking`, `data.store_dir`, `data.num_proc` and what only
-    says how a step is computed; of batch size and accumulation it is the product.
+    That is all of the recipe but `tracking`, what `NOT_FOR_THE_NUMBERS` lists and what only says how a step is
+    computed; of batch size and accumulation it is the product, over all processes, as `run.global_batch_size`.
     """
-    text = json.dumps(_normal(_flat(_affecting(recipe))), sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _normal(_flat(_affecting(recipe, processes))) | {"world_size": processes}
 
 
-def differing_keys(a: Recipe, b: Recipe) -> list[str]:
-    """Return lines such as `training.learning_rate: 1e-4 -> 2e-5`, over the keys that the fingerprint covers."""
-    return _differences(_flat(_affecting(a)), _flat(_affecting(b)))
+def differing_keys(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """Return the keys in which settings differ, each with a line such as `training.learning_rate: 1e-4 -> 2e-5`."""
+    names = list(dict.fromkeys([*before, *after]))
+    pairs = {name: (before.get(name, _UNSET), after.get(name, _UNSET)) for name in names}
+    return {name: _difference(name, old, new) for name, (old, new) in pairs.items() if _show(old) != _show(new)}
 
 
 def differing_manner(a: Recipe, b: Recipe) -> list[str]:
     """Return such lines over the keys of `training` that say how a step is computed, not what."""
-    keys = _MANNER | set(_MICRO_BATCH)
-    return _differences(
-        *({f"training.{key}": r.training[key] for key in sorted(keys & set(r.training))} for r in (a, b))
-    )
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    names = list(dict.fromkeys([*before, *after]))
-    pairs = {name: (before.get(name, _UNSET), after.get(name, _UNSET)) for name in names}
-    return [_difference(name, old, new) for name, (old, new) in pairs.items() if _show(old) != _show(new)]
+    keys = sorted(_MANNER | set(_MICRO_BATCH))
+    manners = ({f"training.{key}": r.training[key] for key in keys if key in r.training} for r in (a, b))
+    return list(differing_keys(*manners).values())
 
 
 def _difference(name: str, before: Any, after: Any) -> str:
@@ -169,14 +164,18 @@ def _first(entries: list[Any]) -> str:
     return ", ".join(map(_show, entries[:_LONG])) + more
 
 
-def _affecting(recipe: Recipe) -> dict[str, Any]:
+def _affecting(recipe: Recipe, processes: int) -> dict[str, Any]:
     sections = {name: value for name, value in _plain(recipe).items() if name != "tracking"}
-    for name, keys in _NOT_FOR_THE_NUMBERS.items():
-        sections[name] = {key: value for key, value in sections[name].items() if key not in keys}
-    training = dict(sections.get("training", {}))
-    rows = math.prod(training.pop(name, default) for name, default in _MICRO_BATCH.items())
-    training = {key: value for key, value in training.items() if key not in _MANNER}
-    sections["training"] = training | {" × ".join(_MICRO_BATCH): rows}
+    for section in ("data", "run"):
+        kept = {key: value for key, value in sections[section].items() if f"{section}.{key}" not in NOT_FOR_THE_NUMBERS}
+        sections[section] = kept
+    given = sections.get("training", {})
+    # Batches of rows of similar length are cut by the batch size: with another, steps are of other rows.
+    cuts_rows = {"per_device_train_batch_size"} if sections["data"].get("group_by_length") else set()
+    free = _MANNER | set(_MICRO_BATCH) - cuts_rows
+    sections["training"] = {key: value for key, value in given.items() if key not in free}
+    rows = math.prod(given.get(name, default) for name, default in _MICRO_BATCH.items()) * processes
+    sections["run"] = {**sections["run"], "global_batch_size": recipe.run.global_batch_size or rows}
     return {name: value for name, value in sections.items() if value not in _EMPTY}
 
 

@@ -61,7 +61,7 @@ DECIDED = {
     ("use_cpu",): "True where there is no accelerator.",
     ("dataloader_pin_memory",): "With an accelerator only.",
     ("report_to",): "`none` unless given. Weights & Biases has its own section, `tracking.wandb`.",
-    ("ddp_find_unused_parameters",): "False unless given: every parameter gets a gradient.",
+    ("ddp_find_unused_parameters",): "True where a probed step or a phase leaves a parameter without a gradient.",
     ("load_best_model_at_end",): "True with `run.early_stopping` where every checkpoint is of an evaluated step.",
     ("metric_for_best_model",): "Unless given, bits per byte of the first evaluation set, such as "
     "`domain_bits_per_byte`, and of a classifier `validation_f1_macro`; a figure of another set is named in the same "

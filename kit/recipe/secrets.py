@@ -1,6 +1,7 @@
 """Keep credentials out of recipes, which are shared and copied into runs: refuse them, and never print them."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kit.errors import UserError
@@ -66,6 +67,27 @@ def refuse_secret_override(override: str) -> None:
     if lone or inner_keys or inner_hex or _FORMATS.search(override):
         shown = "(not shown)" if _FORMATS.search(dotted) else dotted.strip()
         raise UserError(f"command line: {shown}=…: holds a secret; {ADVICE}")
+
+
+def mask_secrets(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Return a command with what is or may be a credential in it replaced by asterisks.
+
+    Args:
+        words: of the command.
+        environment: whose credentials, told by their names, may stand in it.
+    """
+    kept = [value for name, value in environment.items() if _names_a_secret(("", name)) and len(value) >= 6]
+    masked, follows = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        named = _names_a_secret(("", name.lstrip("-").rpartition(".")[2]))
+        if follows or _FORMATS.search(word) or _FORTY_HEX.match(word) or any(value in word for value in kept):
+            word = "***"
+        elif named and equals:
+            word = f"{name}=***"
+        follows = named and not equals and name.startswith("-")
+        masked.append(word)
+    return masked
 
 
 def _normal(name: str) -> str:

@@ -54,7 +54,6 @@ Figures = dict[str, float | int]
 LOGGED_FIGURES = ("bits_per_byte", "nats_per_token", "perplexity", "token_accuracy", "eos_nats")
 HIGHER_IS_BETTER = {"token_accuracy"}
 DEFAULT_FIGURE = "bits_per_byte"
-UNIT = "tokens"  # that `loss_weight` counts
 SHOWN_FIGURE = ("bits_per_byte", "bits/byte")
 
 # How figures are shown is the scorecard's; a document of each source as the model sees it, that of its own module.
@@ -197,6 +196,11 @@ def extend_model(
 def loss_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the number of label positions of a batch, what `loss_sum` is to be divided by: int64 scalar."""
     return batch["shift_labels"].ne(IGNORE_INDEX).sum()
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the number of tokens of a batch that the model learns from: int64 scalar."""
+    return loss_weight(batch)
 
 
 def loss_sum(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], args: TrainingArguments) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kit.console import say, warn
+from kit.data import labeled_examples
 from kit.data.labeled_corpus import LabeledCorpus, SequenceCoding, build_labeled_corpus, labeled_sources_key
 from kit.errors import UserError
 from kit.evaluation import classification_scorecard
@@ -42,13 +43,13 @@ Figures = dict[str, float | int]
 LOGGED_FIGURES = ("f1_macro", "accuracy", "nll", "ece")
 HIGHER_IS_BETTER = {"f1_macro", "accuracy"}
 DEFAULT_FIGURE = "f1_macro"
-UNIT = "rows"  # that `loss_weight` counts, by their weights
 SHOWN_FIGURE = ("f1_macro", "macro-F1")
 
 print_scorecard = classification_scorecard.print_classification_scorecard
 print_figures = classification_scorecard.print_classification_figures
 print_examples = classification_examples.print_examples
 measure_baselines = classification_baselines.measure_baselines
+count_tokens = labeled_examples.count_tokens
 
 _NOT_FOR_THE_MODEL = ("labels", "weights")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kit.console import say
+from kit.console import is_main_process, say
 from kit.data.cleaning import Selections
 from kit.data.corpus import Corpus
 from kit.files import hash_array, hash_values, write_json
@@ -114,8 +114,12 @@ def save_audit(
     untrained: Mapping[str, Figures],
     trained: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
 ) -> None:
-    """Write the audit to `path`; of a trained model also print and write how far its new rows moved, and whereto."""
+    """Write the audit to `path`; of a trained model also print and write how far its new rows moved, and whereto.
+
+    Called on all processes, of which the first one writes.
+    """
     movements = audit_after(added.audit, trained[0], added.initial, trained[1]) if trained else None
     if movements:
         print_movement(added.audit, movements)
-    write_json(path, {**audit_as_json(added.audit, movements), "untrained": dict(untrained)})
+    if is_main_process():
+        write_json(path, {**audit_as_json(added.audit, movements), "untrained": dict(untrained)})

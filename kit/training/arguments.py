@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -12,18 +15,18 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from kit.errors import UserError, did_you_mean
-from kit.model.freezing import check_sharding
 from kit.model.precision import has_accelerator, supports_bf16
 from kit.recipe.models import Recipe
+from kit.recipe.resuming import WORLD_SIZE
 from kit.training.parameter_groups import check_follows_steps, check_takes_groups
-
-_NO_SHARDS = "FSDP and DeepSpeed are ignored on CPUs: the run would be plain DDP; leave them out"
+from kit.training.sharding import check_not_ignored, check_sharding, load_whole, sharding_of
+from kit.training.topology import announced_processes
 
 
 def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path) -> tuple[TrainingArguments, str]:
     """Return the arguments of a run, and a line that says which precision was chosen and why.
 
-    Creating them also creates the process group, and registers ZeRO-3 where it is used: before any model exists.
+    Creating them also creates the process group.
 
     Raises:
         UserError: the values contradict each other.
@@ -32,8 +35,12 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
     # What accelerate's `use_cpu` sets; it alone would not keep a run off the GPUs, since Trainer passes its own on.
     asked_for_cpu = values.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU") == "true"
     on_cpu = asked_for_cpu or not has_accelerator()
-    if on_cpu and "true" in map(os.environ.get, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")):
-        raise UserError(_NO_SHARDS)
+    if on_cpu:
+        check_not_ignored(values)
+    if recipe.run.resume_with and sharding_of(values) == "DeepSpeed":
+        raise UserError("run.resume_with: not with DeepSpeed, which takes rates and schedule from the checkpoint")
+    if WORLD_SIZE in recipe.run.resume_with and sharding_of(values):
+        raise UserError(f"run.resume_with: `{WORLD_SIZE}`: not with FSDP: each process saves its part of the optimizer")
     precision = _choose_precision(values, on_cpu)
     kit_values = {
         "output_dir": str(checkpoints.absolute()),
@@ -45,10 +52,7 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": values.get("report_to", "none"),
-        # Every parameter gets a gradient, so DDP need not search for ones that do not; but for those of later phases.
-        "ddp_find_unused_parameters": values.get(
-            "ddp_find_unused_parameters", bool(recipe.freezing and recipe.freezing.schedule)
-        ),
+        **_derive_accumulation(recipe.run.global_batch_size, values),
     }
     if recipe.run.early_stopping:
         # EarlyStoppingCallback counts its patience in memory; only this makes Trainer restore the count.
@@ -61,15 +65,54 @@ def make_training_arguments(recipe: Recipe, task: ModuleType, checkpoints: Path)
         args = TrainingArguments(**{**values, **{k: v for k, v in kit_values.items() if k in known}})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    load_whole()
     _check_buildable(args)
     _check_plan(recipe, args)
-    if args.device.type == "cpu" and (args.fsdp or args.deepspeed):
-        raise UserError(_NO_SHARDS)
     if args.fp16 and args.device.type == "cpu":
         raise UserError("training.fp16: a CPU multiplies fp16 a hundred times slower than fp32; leave it out")
     _check_evaluation(recipe, task, args)
     check_sharding(recipe, args)
     return args, precision
+
+
+def _derive_accumulation(global_batch: int | None, values: dict[str, Any]) -> dict[str, int]:
+    """Return `gradient_accumulation_steps` where it follows from `run.global_batch_size`.
+
+    Raises:
+        UserError: there is no such number, or the recipe gives another.
+    """
+    if global_batch is None:
+        return {}
+    batch = values.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+    processes, given = announced_processes()[0], values.get("gradient_accumulation_steps")
+    at_once = batch * processes
+    factors = f"{batch} rows (`training.per_device_train_batch_size`) × {_count(processes)}"
+    if given is not None and given * at_once != global_batch:
+        raise UserError(
+            f"run.global_batch_size: found {global_batch:,}, but {factors} × {given} "
+            f"(`training.gradient_accumulation_steps`) = {given * at_once:,}; leave the latter out: it follows"
+        )
+    if global_batch % at_once:
+        below = global_batch // at_once * at_once
+        others = [("`run.global_batch_size`", [n for n in (below, below + at_once) if n])]
+        others.append(("`training.per_device_train_batch_size`", _nearest_divisors(global_batch, processes, batch)))
+        others.append(("processes", _nearest_divisors(global_batch, batch, processes)))
+        listed = "; ".join(f"{what}: {' or '.join(f'{n:,}' for n in found)}" for what, found in others if found)
+        raise UserError(
+            f"run.global_batch_size: found {global_batch:,}, which is no multiple of {factors} = {at_once:,}; "
+            f"nearest of what would do, each alone: {listed}"
+        )
+    return {"gradient_accumulation_steps": global_batch // at_once}
+
+
+def _count(processes: int) -> str:
+    return f"{processes} process{'es' if processes > 1 else ''}"
+
+
+def _nearest_divisors(number: int, factor: int, to: int) -> list[int]:
+    """Return the next smaller and the next larger number than `to` which, times `factor`, divides `number`."""
+    found = [n for n in range(1, number // factor + 1) if number % (factor * n) == 0]
+    return [*[n for n in found if n < to][-1:], *[n for n in found if n > to][:1]]
 
 
 def _saves_every_evaluation(values: dict[str, Any]) -> bool:
@@ -138,10 +181,18 @@ def _check_buildable(args: TrainingArguments) -> None:
         "use_liger_kernel": lambda: args.use_liger_kernel and __import__("liger_kernel"),
     }
     for key, build in checks.items():
+        if fault := _fault_of(build):
+            raise UserError(f"training.{key}: {fault}")
+
+
+def _fault_of(build: Callable[[], Any]) -> str | None:
+    # A tracker that is half made complains when it goes, in a traceback of its own.
+    with patch.object(sys, "unraisablehook", lambda _: None):
         try:
             build()
         except Exception as error:  # each fails in its own way
-            raise UserError(f"training.{key}: {' '.join(f'{type(error).__name__}: {error}'.split())[:400]}") from error
+            return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    return None
 
 
 def _scheduler(args: TrainingArguments) -> LRScheduler:

@@ -17,6 +17,7 @@ from kit.model.freezing import check_new_tokens, count_parameters
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
 from kit.model.parts import adapter_names, block_parameters, find_parts, select
 from kit.model.quantization import number_of_values
+from kit.model.shards import whole
 from kit.recipe.freezing import FreezingSection, Parts, PhaseSection
 from kit.training.parameter_groups import (
     GroupRule,
@@ -226,7 +227,7 @@ def plan_as_rows(model: PreTrainedModel, plan: FreezingPlan, args: TrainingArgum
     Each has its tensors and parameters, their share of all, the peak learning rate, the phase that it trains from (from
     1 on), and the steps before that. Blocks that train alike are one entry, and so are the tensors of a part that do.
     """
-    of_part = _labels(model)
+    of_part = part_labels(model)
     frozen_matrices = _matrices_of_new_rows(model)
     settings = parameter_settings(model, set(), args, plan.phases, plan.rules, plan.layer_decay, plan.depth_of)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -270,7 +271,7 @@ def _own_rows(model: PreTrainedModel, parameter: nn.Parameter) -> int:
     return len(ids) * parameter[0].numel() if ids else 0
 
 
-def _labels(model: PreTrainedModel) -> dict[str, str]:
+def part_labels(model: PreTrainedModel) -> dict[str, str]:
     """Return the part of each parameter, by which it is listed."""
     labels = {name: "new tokens" if is_new_rows(name) else "others" for name, _ in model.named_parameters()}
     adapter = dict.fromkeys(adapter_names(model), "adapter")
@@ -313,17 +314,21 @@ def _when(row: dict[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def fingerprint_frozen(model: PreTrainedModel, plan: FreezingPlan) -> dict[str, str]:
-    """Return a hash of every tensor that trains in no phase; of matrices with new rows, of all other rows."""
+    """Return a hash of every tensor that trains in no phase; of matrices with new rows, of all other rows.
+
+    Called on all processes.
+    """
     trained, ids = ever_trained(plan.phases), new_row_ids(model)
     matrices = _matrices_of_new_rows(model)
     found = {}
     for name, parameter in model.named_parameters():
         if name in trained:
             continue
-        pieces = [parameter[: ids.start], parameter[ids.stop :]] if name in matrices and ids else [parameter]
+        full = whole(parameter)
+        pieces = [full[: ids.start], full[ids.stop :]] if name in matrices and ids else [full]
         digest = xxhash.xxh3_128()
         for piece in pieces:
-            digest.update(piece.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(piece.cpu().reshape(-1).view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()
     return found
 

@@ -1,10 +1,6 @@
 """The memory that training takes: an estimate before it, and what to do when there is not enough."""
 
 import copy
-import os
-import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
@@ -12,22 +8,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
-from kit.console import is_main_process
 from kit.errors import UserError, is_out_of_memory
 from kit.model.adapter import insert_alike
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
 from kit.recipe.models import Recipe
-from kit.training.preemption import Preempted
-from kit.training.run_directory import RunDirectory
 
-_KEY = "kit/out_of_memory"
-_POLL_S = 0.5
-_PATIENCE_S = 10.0
 # Bytes that an optimizer keeps for a parameter of four bytes; those that are not listed keep two values like AdamW.
 _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0.1, "adagrad": 4, "rmsprop": 4, "lion": 4, "lomo": 0, "adalomo": 0.1}
 
@@ -51,10 +39,6 @@ def estimate_memory(
         Bytes by use; None for activations that cannot be counted, since the architecture's steps depend on the data.
     """
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    per_parameter = next((b for name, b in _OPTIMIZER_BYTES.items() if optimizer.startswith(name)), 8)
-    if "8bit" in optimizer:
-        per_parameter /= 4
     try:
         with torch.random.fork_rng(devices=[]):
             activations = _saved_for_backward(model, args, task, batch)
@@ -64,11 +48,19 @@ def estimate_memory(
         # Rows that train alone are part of a matrix.
         "weights": sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not is_new_rows(name)),
         "gradients": trainable,
-        f"optimizer ({optimizer})": trainable * per_parameter / 4,
+        f"optimizer ({args.optim.value})": optimizer_bytes(model, args),
         "activations": activations,
         # The gradient of the logits, in float32 and in the precision that they were computed in.
         "gradient of logits": task.count_logits(model, batch) * (6 if args.bf16 or args.fp16 else 4),
     }
+
+
+def optimizer_bytes(model: PreTrainedModel, args: TrainingArguments) -> float:
+    """Return the bytes that the optimizer keeps beside what trains."""
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    optimizer = args.optim.value
+    per_parameter = next((size for name, size in _OPTIMIZER_BYTES.items() if optimizer.startswith(name)), 8)
+    return trainable * per_parameter / (16 if "8bit" in optimizer else 4)
 
 
 def _saved_for_backward(
@@ -131,93 +123,18 @@ def _enable_checkpointing(model: PreTrainedModel, options: dict[str, Any]) -> No
 
 
 @contextmanager
-def out_of_memory_explained(
-    recipe: Recipe, args: TrainingArguments, directory: RunDirectory | None = None
-) -> Iterator[None]:
-    """Turn running out of memory, on whichever process, into one UserError on all of them.
-
-    Args:
-        recipe: the recipe.
-        args: of the run.
-        directory: of the run, whose manifest is told should this process have to be ended from outside.
+def out_of_memory_explained(recipe: Recipe, args: TrainingArguments) -> Iterator[None]:
+    """Turn running out of memory into a UserError that names the keys to turn.
 
     Raises:
-        UserError: a process ran out of memory; the message names the keys to turn.
+        UserError: this process ran out of memory.
     """
-    others = _Others(directory) if dist.is_initialized() else None
     try:
         yield
-    except (RuntimeError, MemoryError, Preempted) as error:
-        message = None
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            message = _advice(recipe, args, str(error))
-        if others:
-            message = others.tell(message) if message else others.heard()
-        if message is None:
-            raise
-        raise UserError(message) from None
-    finally:
-        if others:
-            others.leave()
-
-
-class _Others:
-    """Passes word of a failure on to the other processes of a run.
-
-    They stand in a collective operation that will never end, or fail in it once the process is gone, and with it
-    perhaps the store of the process group. So a thread of each looks for a message there, and ends its process if
-    that does not end of itself (NCCL waits on).
-    """
-
-    def __init__(self, directory: RunDirectory | None) -> None:
-        self._directory = directory
-        self._store = distributed_c10d._get_default_store()
-        self._message: str | None = None
-        self._left = threading.Event()
-        # A connection of its own: the main thread may be waiting on the other one.
-        self._thread = threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True)
-        self._thread.start()
-
-    def tell(self, message: str) -> str:
-        """Leave word for the others and wait until they have it; return what all of them are to say."""
-        self.leave()
-        try:
-            # The first one's word counts: where memory is short, it mostly is on all of them.
-            message = self._store.compare_set(_KEY, "", message).decode()
-            told = self._store.add(_KEY + "/told", 1)
-            until = time.monotonic() + _PATIENCE_S
-            while told < dist.get_world_size() and time.monotonic() < until:
-                time.sleep(_POLL_S)
-                told = self._store.add(_KEY + "/told", 0)
-        except RuntimeError:  # the store went with its process
-            pass
-        return message
-
-    def heard(self) -> str | None:
-        """Return the word of another process, if there is one."""
-        self._left.wait(2 * _POLL_S)  # a failure of both at once
-        return self._message
-
-    def leave(self) -> None:
-        """Stop listening."""
-        self._left.set()
-        self._thread.join(_PATIENCE_S)
-
-    def _listen(self, store: dist.Store) -> None:
-        try:
-            while not store.check([_KEY]):
-                if self._left.wait(_POLL_S):
-                    return
-            self._message = store.get(_KEY).decode()
-            store.add(_KEY + "/told", 1)
-        except RuntimeError:
-            return
-        if not self._left.wait(_PATIENCE_S):
-            if self._directory:
-                self._directory.end(status="user-error", message=self._message)
-            if is_main_process():
-                print(f"error: {self._message}", file=sys.stderr, flush=True)
-            os._exit(2)
+            raise UserError(_advice(recipe, args, str(error))) from None
+        raise
 
 
 def _advice(recipe: Recipe, args: TrainingArguments, reason: str) -> str:

@@ -17,6 +17,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from kit.errors import UserError
 
 FIRST_PHASE = "first_phase"  # of a group's parameters; saved and loaded with the optimizer's groups
+MEMBERS = "members"  # names of its parameters; DeepSpeed puts one flat tensor in their place
 
 # With these in their arguments, optimizers choose their parameters by themselves (GaLore, LOMO, layer-wise ones).
 _OWN_PARAMETERS = {"params", "model", "optimizer_dict"}
@@ -156,22 +157,30 @@ def make_groups(
     layer_decay: float | None = None,
     depth_of: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: one for each rate, weight decay and first phase that occurs.
+    """Return the optimizer's groups: one for each rate, weight decay and set of phases that occurs.
 
     Groups come by first phase, then from the highest rate and decay down: the first one's rate is what Trainer logs.
+    What a phase freezes is a whole group, or nothing of it.
     Parameters keep the model's order within them. Both are the same whenever they are made, as resuming demands: the
     optimizer's state knows parameters by their place alone.
 
     Args and Raises: those of `parameter_settings`.
     """
     parameters = dict(model.named_parameters())
-    by_settings: dict[Settings, list[torch.nn.Parameter]] = {}
+    by_settings: dict[tuple[Settings, tuple[int, ...]], list[str]] = {}
     for name, settings in parameter_settings(model, decay_names, args, phases, rules, layer_decay, depth_of).items():
-        by_settings.setdefault(settings, []).append(parameters[name])
-    ordered = sorted(by_settings, key=lambda s: (s.first_phase, -s.learning_rate, -s.weight_decay))
+        when = tuple(index for index, phase in enumerate(phases) if name in phase.trainable)
+        by_settings.setdefault((settings, when), []).append(name)
+    ordered = sorted(by_settings, key=lambda k: (k[0].first_phase, -k[0].learning_rate, -k[0].weight_decay, k[1]))
     return [
-        {"params": by_settings[s], "lr": s.learning_rate, "weight_decay": s.weight_decay, FIRST_PHASE: s.first_phase}
-        for s in ordered
+        {
+            "params": [parameters[name] for name in by_settings[settings, when]],
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            FIRST_PHASE: settings.first_phase,
+            MEMBERS: by_settings[settings, when],
+        }
+        for settings, when in ordered
     ]
 
 

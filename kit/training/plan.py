@@ -41,6 +41,13 @@ class StepPlan:
         return self.steps / self.steps_per_epoch
 
 
+def describe_global_batch(args: TrainingArguments) -> str:
+    """Return what makes the rows of an optimizer step, in words."""
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    rows = args.world_size * batch * accumulation
+    return f"{args.world_size} × {batch} × {accumulation} = {rows:,} rows per step (processes × batch × accumulation)"
+
+
 def plan_steps(rows: int, args: TrainingArguments, micro_batches: int | None = None) -> StepPlan:
     """Work out the steps of a run as Trainer does.
 
@@ -59,8 +66,9 @@ def plan_steps(rows: int, args: TrainingArguments, micro_batches: int | None = N
         raise UserError(
             f"the {rows:,} rows of an epoch do not fill one global batch of {rows_per_step:,} "
             f"({args.per_device_train_batch_size} × {args.gradient_accumulation_steps}{processes}); lower "
-            f"`training.gradient_accumulation_steps` or `training.per_device_train_batch_size`, or give more data "
-            f"(of a causal LM, a shorter `data.block_size` makes more rows of it)"
+            f"`run.global_batch_size`, or `training.gradient_accumulation_steps` or "
+            f"`training.per_device_train_batch_size`, or give more data (of a causal LM, a shorter `data.block_size` "
+            f"makes more rows of it)"
         )
     micro_batches = micro_batches or -(-rows // per_micro_batch)
     steps_per_epoch = -(-micro_batches // args.gradient_accumulation_steps)

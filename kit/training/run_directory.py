@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from filelock import FileLock, Timeout
 from kit.console import is_main_process, say, warn
 from kit.errors import UserError
 from kit.files import read_json, write_json, write_text
+from kit.recipe.secrets import mask_secrets
+from kit.training.topology import launcher
 
 PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "wandb", "tokenizers", "safetensors",
@@ -54,6 +58,9 @@ class RunDirectory:
         real = self.path.resolve()  # `.` has no name of its own
         self._lock = FileLock(real.with_name(f".{real.name}.lock"))
         self._facts: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}
+        self._stages: list[str] = []
+        self._since = 0.0
 
     def lock(self) -> None:
         """Reserve the folder for this run; the operating system releases it however the process ends.
@@ -143,11 +150,15 @@ class RunDirectory:
         for leftover in self.path.glob(".*.????????"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
         earlier = self.read_manifest()
+        self._seconds = {**earlier.get("seconds", {}), **self._seconds}
         self._facts = {
             "status": "running",
-            "command": shlex.join(["kit", *sys.argv[1:]]),
+            "seconds": self._take_time(),
+            "command": _command(),
             "started": earlier.get("started", _now()),
             "attempts": earlier.get("attempts", 0) + 1,
+            "step": earlier.get("step", 0),
+            "resumes": earlier.get("resumes", []),
             "versions": {name: _version(name) for name in ("domain-adaptation-kit", *PACKAGES)},
             "python": platform.python_version(),
             "git": git_state(),
@@ -160,17 +171,44 @@ class RunDirectory:
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest."""
         if is_main_process() and self._facts:
-            self._facts.update(facts, updated=_now())
+            self._facts.update(facts, updated=_now(), seconds=self._take_time())
             write_json(self.manifest, self._facts)
 
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the time within as that of a stage, over all attempts, and not as that of the one around it."""
+        self._take_time()
+        self._stages.append(stage)
+        try:
+            yield
+        finally:
+            self._take_time()
+            self._stages.pop()
+
+    def _take_time(self) -> dict[str, float]:
+        """Return the seconds of each stage so far."""
+        now = time.monotonic()
+        if self._stages:
+            self._seconds[self._stages[-1]] = self._seconds.get(self._stages[-1], 0.0) + now - self._since
+        self._since = now
+        return {stage: round(seconds, 1) for stage, seconds in self._seconds.items()}
+
+    def note_resume(self, checkpoint: str, differences: list[str]) -> None:
+        """Add to the manifest what this attempt goes on from, and in what it differs from the run that wrote it."""
+        resume = {"attempt": self._facts.get("attempts"), "checkpoint": checkpoint, "differences": differences}
+        self.note(resumes=[*self._facts.get("resumes", []), resume])
+
     def end(self, status: str, **facts: Any) -> None:
-        """Record how the run ended: `done`, `user-error`, `failed` or `preempted`."""
+        """Record how the run ended: `done`, `user-error`, `failed` or `preempted`; `prepared` if none began."""
         if not is_main_process():
             return
         if not self._facts:
-            if self.manifest.is_file():
-                return  # nothing was started: the manifest tells of the run that is here, not of this attempt
-            self._facts = {"command": shlex.join(["kit", *sys.argv[1:]])}
+            earlier = self.read_manifest()
+            if earlier.get("attempts"):
+                # Nothing was started: the manifest tells of the run that is here, and beside it of this attempt.
+                write_json(self.manifest, earlier | {"refused": {"status": status, **facts}})
+                return
+            self._facts = {"command": _command()}
         try:
             self.note(status=status, ended=_now(), **facts)
         except OSError as error:  # a full disk, most often what ended the run: its message is the one to be read
@@ -185,13 +223,17 @@ class RunDirectoryInUse(UserError):
 def read_status(path: str | Path) -> str:
     """Return the status of a run directory, `missing` where there is none.
 
-    A run that was killed cannot write its end: `running` without a living owner is reported as `killed`.
+    A run that was killed cannot write its end: `running` without a living owner is reported as `killed`. Of a run that
+    is not done and was refused when it was last started the status is that of the refusal.
     """
     directory = RunDirectory(path)
     try:
-        status = read_json(directory.manifest)["status"]
+        manifest = read_json(directory.manifest)
+        status = manifest["status"]
     except (OSError, json.JSONDecodeError, KeyError):
         return "missing"
+    if status != "done" and (refused := manifest.get("refused")):
+        return refused["status"]
     if status != "running":
         return status
     try:
@@ -214,6 +256,16 @@ def _write_in_place(path: Path, value: Any) -> bool:
     except OSError:
         return False
     return True
+
+
+def _command() -> str:
+    """Return the command that repeats the run, as it was launched, without secrets."""
+    words = ["kit", *sys.argv[1:]]
+    if parent := launcher():
+        words = parent.cmdline()
+        if len(words) > 1 and Path(words[1]).name in ("accelerate", "torchrun"):  # installed scripts, run by Python
+            words = [Path(words[1]).name, *words[2:]]
+    return shlex.join(mask_secrets(words, os.environ))
 
 
 def git_state() -> dict[str, Any] | None:

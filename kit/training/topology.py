@@ -1,8 +1,10 @@
 """How many processes a run has, and whether everybody agrees on it."""
 
 import os
+import platform
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +21,16 @@ from kit.console import is_local_main_process, is_main_process
 from kit.errors import UserError
 
 T = TypeVar("T")
-_LAUNCHER = re.compile(r"accelerate(\S*\s+|-|\.commands\.|/commands/)launch")
+_LAUNCHER = re.compile(r"accelerate(\S*\s+|-|\.commands\.|/commands/)launch|torchrun|torch[./]distributed[./]run\b")
+
+
+def launcher() -> psutil.Process | None:
+    """Return the launcher that started this process, or None: a plain start, or a launcher that is gone."""
+    try:
+        parent = psutil.Process().parent()
+        return parent if parent and _LAUNCHER.search(" ".join(parent.cmdline()[:6])) else None
+    except psutil.Error:
+        return None
 
 
 def announced_processes() -> tuple[int, str]:
@@ -31,12 +42,10 @@ def announced_processes() -> tuple[int, str]:
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]), "WORLD_SIZE"
-    try:
-        command = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+    parent = launcher()
+    if parent is None:
         return 1, "a plain start"
-    if not _LAUNCHER.search(" ".join(command[:6])):
-        return 1, "a plain start"
+    command = parent.cmdline()
     if (number := _option(command, "--num_processes")) is not None:
         return int(number), "--num_processes of accelerate launch"
     if (path := _option(command, "--config_file")) is not None:
@@ -77,10 +86,21 @@ def check_topology(args: TrainingArguments) -> None:
 
 
 def describe(args: TrainingArguments) -> dict[str, object]:
-    """Return devices and processes as they stand in the manifest."""
+    """Return devices and processes as they stand in the manifest; called on all processes."""
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    places = [(platform.node(), device)]
+    if dist.is_initialized():
+        places = [("", "")] * args.world_size
+        dist.all_gather_object(places, (platform.node(), device))
+    parent = launcher()
     return {
         "processes": args.world_size,
+        "machines": len({machine for machine, _ in places}),
+        "devices": dict(Counter(name for _, name in places)),
+        "launcher": parent and ("accelerate" if "accelerate" in " ".join(parent.cmdline()[:6]) else "torchrun"),
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "global_batch_size": args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "device": device,
         "threads_per_process": torch.get_num_threads(),
         "distributed_type": args.distributed_state.distributed_type.value,
@@ -158,11 +178,16 @@ def check_agreement(what: str, *values: str) -> None:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Return, on every process, whether `flag` is set on at least one."""
-    if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    [found] = on_any_process([flag], device)
+    return found
+
+
+def on_any_process(flags: Sequence[bool | torch.Tensor], device: torch.device) -> list[bool]:
+    """Return, on every process, which of `flags` are set on at least one; one exchange and one wait for the device."""
+    values = torch.stack([torch.as_tensor(flag, device=device).int() for flag in flags])
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:

@@ -578,3 +578,18 @@ def test_pubmedqa_abstracts_are_on_one_side():
     assert sum(map(len, sides)) == len(set().union(*sides)) == 1000
     assert np.allclose([account(corpus, part).rows for part in ("train", "validation", "test")],
                        len(rows_of_file) * np.array([0.7, 0.1, 0.2]), rtol=0.05)  # fmt: skip
+
+
+def test_rows_are_named_by_the_place_where_their_text_was_read(build):
+    corpus = build(imbalanced(20, 2), balance="oversample", augment={"characters": 1.0, "copies": 2}, **NO_SPLIT)
+    lines, number = corpus.name_rows(range(len(corpus.rows)), 10_000)
+    assert number == len(lines) == len(corpus.rows) == 3 * 40
+    texts = dict(zip(corpus.train.where, corpus.train.texts, strict=True))
+    for row, line in enumerate(lines):
+        where, _, copy = line.removeprefix(f"row {row}: ").partition(" (a noisy copy)")
+        assert (f" (a noisy copy){copy}" in line) == (row >= 40)
+        if row < 40:
+            assert texts[where] == decoded(corpus.rows[row])
+        else:  # one letter is another
+            assert corpus.rows.labels[row] == corpus.train.labels[corpus.train.where.index(where)]
+    assert corpus.name_rows([7, 3], 1) == ([lines[7]], 2)

@@ -53,7 +53,8 @@ def section(request):
 
 def save_adapter(model, folder, base, added_ids=()):
     folder.mkdir(exist_ok=True)
-    Adapter(model, base, added_ids).write(folder)
+    adapter = Adapter(model, base, added_ids)
+    adapter.write(folder, adapter.state())
 
 
 def logits(model, ids=IDS):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kit.errors import UserError
-from kit.model.freezing import check_blocks, check_new_tokens, check_sharding, count_parameters
+from kit.model.freezing import check_blocks, check_new_tokens, count_parameters
 from kit.model.new_rows import train_new_rows
 from kit.recipe.freezing import FreezingSection
 from tests.material import make_model
@@ -51,20 +51,3 @@ def test_rows_of_a_matrix_are_counted_once():
 
 def recipe(**sections):
     return SimpleNamespace(**{"freezing": None, "adapter": None, **sections})
-
-
-def test_sharding(monkeypatch):
-    plain = SimpleNamespace(fsdp=[], deepspeed=None)
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    sharded = SimpleNamespace(fsdp=["full_shard"], deepspeed=None)
-    check_sharding(recipe(), sharded)
-    check_sharding(recipe(freezing=section(new_tokens=True)), plain)
-    with pytest.raises(UserError, match=r"freezing: not with FSDP"):
-        check_sharding(recipe(freezing=section(last_blocks=1)), sharded)
-    with pytest.raises(UserError, match=r"adapter: not with FSDP"):
-        check_sharding(recipe(adapter=object()), sharded)
-    with pytest.raises(UserError, match="DeepSpeed"):
-        check_sharding(recipe(freezing=section(new_tokens=True)), SimpleNamespace(fsdp=[], deepspeed="zero3.json"))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP"):
-        check_sharding(recipe(freezing=section(new_tokens=True)), plain)

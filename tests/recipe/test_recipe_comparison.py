@@ -1,12 +1,13 @@
-"""Recipes written back, fingerprinted and compared."""
+"""Recipes written back, and compared by their settings."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kit.recipe.loading import differing_keys, dump_recipe, load_recipe, recipe_fingerprint
+from kit.recipe.loading import differing_keys, dump_recipe, load_recipe, recipe_settings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
@@ -28,7 +29,7 @@ def test_a_dump_loads_as_an_equal_recipe(write, text):
     again = load_recipe(write(dump_recipe(recipe), "dump.yaml", whole=True))
     assert again == recipe
     assert dump_recipe(again) == dump_recipe(recipe)
-    assert recipe_fingerprint(again) == recipe_fingerprint(recipe)
+    assert recipe_settings(again) == recipe_settings(recipe)
 
 
 def test_a_dump_of_a_fresh_model_and_validation_sources_loads(write):
@@ -68,8 +69,7 @@ def test_a_dump_holds_the_defaults_and_what_was_inherited(write):
 def test_what_leaves_the_numbers_alone(write, override):
     path = write("training: {num_train_epochs: 3}\n")
     a, b = load_recipe(path), load_recipe(path, [override])
-    assert recipe_fingerprint(a) == recipe_fingerprint(b)
-    assert differing_keys(a, b) == []
+    assert recipe_settings(a) == recipe_settings(b)
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,49 @@ def test_what_leaves_the_numbers_alone(write, override):
 def test_what_changes_the_numbers(write, override, lines):
     path = write("training: {learning_rate: 1e-4}\n")
     a, b = load_recipe(path), load_recipe(path, [override])
-    assert differing_keys(a, b) == lines
-    assert recipe_fingerprint(a) != recipe_fingerprint(b)
+    assert list(differing_keys(recipe_settings(a), recipe_settings(b)).values()) == lines
 
 
-def test_the_fingerprint_is_the_same_in_another_process_and_order(write):
+@pytest.mark.parametrize(
+    ("text", "processes"),
+    [
+        ("training: {per_device_train_batch_size: 4, gradient_accumulation_steps: 2}\n", 2),
+        ("training: {per_device_train_batch_size: 2}\n", 8),
+        ("training: {gradient_accumulation_steps: 2}\n", 1),
+        ("run: {global_batch_size: 16}\n", 2),
+        ("run: {global_batch_size: 16}\ntraining: {per_device_train_batch_size: 2}\n", 1),
+    ],
+)
+def test_of_the_batch_size_the_product_counts(write, text, processes):
+    found = recipe_settings(load_recipe(write(text)), processes)
+    assert found["run.global_batch_size"] == 16
+    assert found["world_size"] == processes
+    assert not any("batch_size" in name or "accumulation" in name for name in found.keys() - {"run.global_batch_size"})
+
+
+def test_where_batches_are_cut_by_length_their_size_counts_too(write):
+    """With another, the steps are of other rows, whatever the product."""
+    text = """\
+        task: sequence-classification
+        model: {name_or_path: gpt2}
+        data: {train: [{path: a.csv, label_column: y}], group_by_length: true}
+        run: {global_batch_size: 8}
+    """
+    path = write(text, whole=True)
+    of_two, of_four = (
+        recipe_settings(load_recipe(path, [f"training.per_device_train_batch_size={size}"])) for size in (2, 4)
+    )
+    assert list(differing_keys(of_two, of_four)) == ["training.per_device_train_batch_size"]
+
+
+def test_settings_are_the_same_in_another_process_and_order(write):
     path = write("training: {learning_rate: 1e-4, bf16: true}\n")
     other = write("training: {bf16: true, learning_rate: 0.0001}\n", "other.yaml")
-    code = f"from kit.recipe.loading import *; print(recipe_fingerprint(load_recipe({other!r})))"
+    show = f"json.dumps(recipe_settings(load_recipe({other!r})), sort_keys=True)"
+    code = f"from kit.recipe.loading import *; print({show})"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == recipe_fingerprint(load_recipe(path))
+    assert printed.stdout.strip() == json.dumps(recipe_settings(load_recipe(path)), sort_keys=True)
 
 
 def test_importing_the_room_imports_nothing_heavy():

@@ -114,6 +114,7 @@ def test_what_the_kit_decides_about_training_arguments_is_told(write_recipe, tmp
     decided = {name for name in allowed_names() if getattr(args, name, None) != getattr(plain, name, None)}
     told = {name for names in DECIDED for name in names}
     assert decided <= told
-    # What depends on the machine may by chance be what Trainer does itself.
-    assert told - decided <= {"bf16", "fp16", "use_cpu", "dataloader_pin_memory", "report_to"}
+    # What depends on the machine may by chance be what Trainer does itself; DDP is settled once the model is there.
+    by_chance = {"bf16", "fp16", "use_cpu", "dataloader_pin_memory", "report_to", "ddp_find_unused_parameters"}
+    assert told - decided <= by_chance
     assert told <= set(allowed_names())

@@ -1,14 +1,10 @@
 """What a recipe's `vocabulary` comes to in a causal LM: each part of it reaches tokenizer, model and arguments."""
 
 import pytest
-import torch
-from transformers import TrainingArguments
 
-from kit.errors import UserError
 from kit.recipe.loading import load_recipe
 from kit.recipe.models import ModelSection
 from kit.tasks import causal_lm
-from kit.training.arguments import make_training_arguments
 from tests.material import make_tokenizer, save_tiny_model
 
 NEW = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
@@ -43,15 +39,3 @@ def test_words_are_added_as_the_model_type_asks_for(write_recipe, model_type, ad
     tokenizer, extension = causal_lm.extend_vocabulary(recipe.model_copy(update={"model": section}), make_tokenizer())
     assert len(extension.rows) == rows
     assert ("kinase" in tokenizer.get_added_vocab()) == added
-
-
-def test_arguments_of_a_plan_in_shards(write_recipe, tmp_path, monkeypatch):
-    recipe = load_recipe(write_recipe(vocabulary={"tokens": ["kinase"]}, freezing={"trainable": {"new_tokens": True}}))
-    make_training_arguments(recipe, causal_lm, tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    # Nothing is cut into shards on a CPU, which is refused for itself.
-    monkeypatch.setattr("kit.training.arguments.has_accelerator", lambda: True)
-    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("cuda")))
-    make_training_arguments(recipe.model_copy(update={"freezing": None}), causal_lm, tmp_path)
-    with pytest.raises(UserError, match=r"freezing: not with FSDP"):
-        make_training_arguments(recipe, causal_lm, tmp_path)

@@ -158,9 +158,11 @@ def _divide_by_the_micro_batch():
     from kit.tasks import sequence_classification
     from kit.training.trainer import KitTrainer
 
+    original = KitTrainer.compute_loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = sequence_classification.loss_sum(model, inputs, self.args) / sequence_classification.loss_weight(inputs)
-        return loss / self.current_gradient_accumulation_steps
+        mine = sequence_classification.loss_weight(inputs).clamp(min=1) * self.current_gradient_accumulation_steps
+        return original(self, model, inputs, return_outputs, mine * self.args.world_size)
 
     KitTrainer.compute_loss = compute_loss
 

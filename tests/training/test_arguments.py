@@ -8,6 +8,7 @@ from kit.errors import UserError
 from kit.model import precision
 from kit.recipe.models import CausalLmRecipe
 from kit.tasks import causal_lm
+from kit.training import arguments as arguments_module
 from kit.training.arguments import make_training_arguments
 
 
@@ -60,8 +61,7 @@ def test_what_the_kit_leaves_out_is_transformers_default(make):
     args, _ = make({"bf16": False})
     default = TrainingArguments(use_cpu=True, dataloader_pin_memory=False, output_dir=args.output_dir)
     decided = {
-        "logging_nan_inf_filter", "remove_unused_columns", "disable_tqdm", "ddp_find_unused_parameters",
-        "metric_for_best_model", "greater_is_better",
+        "logging_nan_inf_filter", "remove_unused_columns", "disable_tqdm", "metric_for_best_model", "greater_is_better",
     }  # fmt: skip
     different = {n for n, v in default.to_dict().items() if args.to_dict()[n] != v}
     # transformers' default of `disable_tqdm` follows how quiet the libraries were told to be.
@@ -74,6 +74,34 @@ def test_a_loss_of_nan_is_not_hidden(make):
 
 def test_checkpoints_stay_where_they_are_whatever_the_working_directory(make, tmp_path, monkeypatch):
     assert make()[0].output_dir == str(tmp_path / "checkpoints")
+
+
+# ---- the global batch
+
+
+@pytest.mark.parametrize(("processes", "batch", "accumulation"), [(1, 4, 6), (2, 4, 3), (3, 8, 1), (6, 1, 4)])
+def test_accumulation_follows_from_the_global_batch(make, monkeypatch, processes, batch, accumulation):
+    # Only arithmetic is asked here: no process waits for another one.
+    monkeypatch.setattr(arguments_module, "announced_processes", lambda: (processes, "WORLD_SIZE"))
+    given = {"per_device_train_batch_size": batch}
+    assert make(given, global_batch_size=24)[0].gradient_accumulation_steps == accumulation
+    both = {**given, "gradient_accumulation_steps": accumulation}
+    assert make(both, global_batch_size=24)[0].gradient_accumulation_steps == accumulation
+
+
+def test_a_global_batch_that_cannot_be(refusal, monkeypatch):
+    monkeypatch.setattr(arguments_module, "announced_processes", lambda: (5, "WORLD_SIZE"))
+    message = refusal({"per_device_train_batch_size": 4}, global_batch_size=36)
+    assert "found 36, which is no multiple of 4 rows (`training.per_device_train_batch_size`) × 5 processes" in message
+    assert message.endswith("each alone: `run.global_batch_size`: 20 or 40; processes: 3 or 9")
+    message = refusal({"per_device_train_batch_size": 4}, global_batch_size=15)
+    assert message.endswith("`run.global_batch_size`: 20; `training.per_device_train_batch_size`: 3")
+
+
+def test_a_global_batch_and_another_accumulation_contradict_each_other(refusal):
+    message = refusal({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, global_batch_size=16)
+    assert "found 16, but 4 rows (`training.per_device_train_batch_size`) × 1 process × 3" in message
+    assert "= 12; leave the latter out" in message
 
 
 # ---- precision

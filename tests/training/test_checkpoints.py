@@ -14,8 +14,10 @@ from kit.training.checkpoints import (
     complete_checkpoint,
     discard_after,
 )
+from tests.history import read_history
 
-FINGERPRINTS = {"recipe": "r1", "data": "d1"}
+SETTINGS = {"world_size": 1, "training.learning_rate": 0.1, "model.dtype": "a"}
+FINGERPRINTS = {"recipe": SETTINGS, "data": "d1"}
 
 
 @pytest.fixture
@@ -34,8 +36,10 @@ def make(tmp_path):
     return checkpoint
 
 
-def choose(folder, resume="auto", world_size=1, **fingerprints):
-    return choose_checkpoint(resume, folder, world_size, {**FINGERPRINTS, **fingerprints})
+def choose(folder, resume="auto", data="d1", **settings):
+    path, differences = choose_checkpoint(resume, folder, {"recipe": {**SETTINGS, **settings}, "data": data})
+    assert differences == []
+    return path
 
 
 def flip_a_byte(folder):
@@ -127,8 +131,11 @@ def test_by_path_that_is_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        ({"world_size": 2}, ["written by 1 processes", "this run has 2", "Launch with 1", "run.resume=never"]),
-        ({"recipe": "r2"}, ["another recipe", "run.resume=never", "run.output_dir="]),
+        ({"world_size": 2}, ["world_size: 1 -> 2", "`run.resume_with: [world_size]`", "run.resume=never"]),
+        (
+            {"training.learning_rate": 0.2},
+            ["another recipe", "training.learning_rate: 0.1 -> 0.2", "run.resume=never", "run.output_dir="],
+        ),
         ({"data": "d2"}, ["other data", "run.resume=never"]),
     ],
 )
@@ -139,6 +146,46 @@ def test_of_another_run(make, tmp_path, by, now, words):
     with pytest.raises(UserError) as error:
         choose(tmp_path, str(newest) if by == "path" else by, **now)
     assert all(word in str(error.value) for word in words), error.value
+
+
+SCHEDULE = {"training.lr_scheduler_type": "reduce_lr_on_plateau"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "named", "refused"),
+    [
+        ({}, [], [], []),
+        ({"world_size": 2}, ["world_size"], ["world_size: 1 -> 2"], []),
+        ({"training.learning_rate": 0.2}, ["world_size"], [], ["training.learning_rate"]),
+        ({"run.early_stopping.patience": 1}, ["run.early_stopping"], ["run.early_stopping.patience: unset -> 1"], []),
+        ({"run.early_stopping.patience": 1}, ["run.early"], [], ["run.early_stopping.patience"]),
+        ({"model.dtype": "b", "world_size": 2}, ["world_size"], [], ['model.dtype: "a" -> "b" (it says what the']),
+        ({"run.global_batch_size": 8}, ["run.global_batch_size"], [], ["run.global_batch_size: unset -> 8 (a step"]),
+        (SCHEDULE, ["training.lr_scheduler_type"], [], ["follows the loss (`reduce_lr_on_plateau`)"]),
+    ],
+    ids=str,
+)
+def test_differences_that_are_named_and_others(make, tmp_path, settings, names, named, refused):
+    now = {"recipe": {**SETTINGS, **settings}, "data": "d1"}
+    path = make(5)
+    if refused:
+        with pytest.raises(UserError) as error:
+            choose_checkpoint("auto", tmp_path, now, names)
+        assert all(words in str(error.value) for words in refused), error.value
+    else:
+        chosen, found = choose_checkpoint("auto", tmp_path, now, names)
+        assert chosen == path
+        assert len(found) == len(named)
+        assert all(line.startswith(words) for line, words in zip(found, named, strict=True))
+
+
+def test_a_name_of_what_does_not_differ_is_told(make, tmp_path, capsys):
+    make(5)
+    now = {"recipe": {**SETTINGS, "world_size": 2}, "data": "d1"}
+    choose_checkpoint("auto", tmp_path, now, ["training.learning_rate", "world_size"])
+    output = capsys.readouterr().out
+    assert "differs as `run.resume_with` allows:\n  world_size: 1 -> 2\n" in output
+    assert output.endswith("checkpoint-5 in training.learning_rate\n")
 
 
 # ---- what is left behind
@@ -173,7 +220,7 @@ def stopped(write_recipe, tmp_path):
     recipe = str(write_recipe(training=steps))
     train(recipe, [])
     run = tmp_path / "run"
-    finished = {name: (run / name).read_bytes() for name in ("scorecard.json", "metrics.jsonl")}
+    finished = {"scorecard": (run / "scorecard.json").read_bytes(), "history": read_history(run)}
     finished["model"] = load_file(run / "model/model.safetensors")
     (run / "scorecard.json").unlink()
     shutil.rmtree(run / "model")
@@ -181,9 +228,8 @@ def stopped(write_recipe, tmp_path):
 
 
 def assert_finished_alike(run, finished):
-    assert {name: (run / name).read_bytes() for name in ("scorecard.json", "metrics.jsonl")} == {
-        name: finished[name] for name in ("scorecard.json", "metrics.jsonl")
-    }
+    assert (run / "scorecard.json").read_bytes() == finished["scorecard"]
+    assert read_history(run) == finished["history"]
     weights = load_file(run / "model/model.safetensors")
     assert all(weights[name].equal(tensor) for name, tensor in finished["model"].items())
 

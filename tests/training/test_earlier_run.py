@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_another_split_of_the_same_global_batch(launch, tmp_p
 @pytest.mark.parametrize(
     ("override", "difference"),
     [
-        ("training.per_device_train_batch_size=2", "per_device_train_batch_size × gradient_accumulation_steps: 8 -> 4"),
+        ("training.per_device_train_batch_size=2", "run.global_batch_size: 8 -> 4 (a step would be another place"),
         ("training.learning_rate=2e-3", "training.learning_rate: 0.001 -> 0.002"),
         ("data.block_size=32", "data.block_size: 64 -> 32"),
     ],

@@ -125,9 +125,13 @@ def _divide_by_the_micro_batch():
     from kit.tasks import causal_lm
     from kit.training.trainer import KitTrainer
 
+    original = KitTrainer.compute_loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = causal_lm.loss_sum(model, inputs, self.args) / causal_lm.loss_weight(inputs)
-        return loss / self.current_gradient_accumulation_steps
+        mine = (
+            causal_lm.loss_weight(inputs).clamp(min=1) * self.current_gradient_accumulation_steps * self.args.world_size
+        )
+        return original(self, model, inputs, return_outputs, mine)
 
     KitTrainer.compute_loss = compute_loss
 

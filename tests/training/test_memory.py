@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from kit import run
+from kit import run, stages
 from kit.check import check
 from kit.errors import UserError
 from kit.model.new_rows import train_new_rows
@@ -169,7 +169,7 @@ def out_of_memory_at(place, error, rank=0):
     if place == "step 2":
         causal_lm.loss_sum = fail_in(causal_lm.loss_sum, 2)
     elif place == "measure before":
-        run.Run.measure = fail_in(run.Run.measure, 1)
+        stages.Run.measure = fail_in(stages.Run.measure, 1)
     else:
         causal_lm.load_model = fail_in(causal_lm.load_model, 1)
 
@@ -190,7 +190,7 @@ def patched(monkeypatch):
     """A function that breaks the kit as `out_of_memory_at` does, until the test ends."""
 
     def breaks(place, error):
-        for owner, name in ((causal_lm, "loss_sum"), (causal_lm, "load_model"), (run.Run, "measure")):
+        for owner, name in ((causal_lm, "loss_sum"), (causal_lm, "load_model"), (stages.Run, "measure")):
             monkeypatch.setattr(owner, name, getattr(owner, name))
         out_of_memory_at(place, error)
 
@@ -284,28 +284,3 @@ def test_one_of_two_processes_runs_out_of_memory(write_recipe, tmp_path, change)
     assert global_batch(load_recipe(path, overrides), 2) == global_batch(load_recipe(path), 2)
     # Nothing was saved yet, so that the run goes on under its name with what was suggested.
     assert run_kit(["train", path, *overrides], processes=2) == [0, 0]
-
-
-def _hang_on_rank_0():
-    """Stand in for NCCL, whose operations do not fail when another process is gone."""
-    import time
-
-    from kit.training import memory
-    from kit.training.trainer import KitTrainer
-
-    out_of_memory_at("step 2", CPU, 1)
-    memory._PATIENCE_S = 2.0
-    if os.environ["RANK"] == "0":
-        KitTrainer.training_step = lambda *args: time.sleep(600)
-
-
-def test_process_that_waits_for_ever_is_ended(write_recipe, tmp_path):
-    path = write_recipe()
-    # The first step is over on neither of them when the second process fails in an accumulated batch of its own.
-    training = ["training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=2"]
-    output = tmp_path / "out.txt"
-    assert run_kit(["train", path, *training], 2, change=_hang_on_rank_0, timeout=60, output=output) == [2, 2]
-    assert output.read_text().count("out of memory, with 2 rows") == 1
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert manifest["status"] == "user-error"
-    assert "out of memory" in manifest["message"]

@@ -229,7 +229,15 @@ def test_eight_bits_leave_embeddings_in_32(tmp_path):
     steps = StepPlan(rows=8, rows_per_step=2, steps_per_epoch=4, steps=4, args=args)
     plan = make_plan(model, recipe.freezing, [], steps)
     trainer = KitTrainer(
-        model=model, args=args, task=causal_lm, batches=None, measure=None, preemption=None, fingerprints={}, plan=plan
+        model=model,
+        args=args,
+        task=causal_lm,
+        batches=None,
+        measure=None,
+        preemption=None,
+        fingerprints={},
+        plan=plan,
+        name_rows=None,
     )
     optimizer = trainer.create_optimizer()
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,10 +1,11 @@
 """The plan of a run is what Trainer does: compared with Trainer itself, on a model of one parameter."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from kit.data.sampling import EpochBatches
+from kit.data.sampling import EpochBatches, LengthBatches
 from kit.errors import UserError
 from kit.training.plan import plan_steps
 
@@ -104,6 +105,41 @@ def test_plan_of_several_processes(tmp_path, monkeypatch, processes, length, bat
         assert (plan.steps_per_epoch, plan.steps) == (per_epoch, max_steps)
         assert plan.rows_per_step == processes * batch * accumulation
         assert plan.epochs == plan.steps / per_epoch
+
+
+@pytest.mark.parametrize("lengths", [None, np.random.default_rng(0).integers(1, 60, 45)], ids=["plain", "sorted"])
+def test_a_step_holds_the_same_rows_on_any_number_of_processes(lengths):
+    """With one global batch: 12 rows in 12, 6, 4, … micro-batches of each process."""
+
+    def rows(processes, batch):
+        accumulation = 12 // (processes * batch)
+        parts = [EpochBatches(45, batch, 3, processes, rank, lengths, accumulation) for rank in range(processes)]
+        return rows_of_steps(parts, accumulation)
+
+    expected = rows(1, 12)
+    assert len(expected) == 4
+    assert all(rows(p, b) == expected for p, b in [(1, 3), (2, 6), (2, 3), (3, 4), (6, 1), (12, 1)])
+
+
+@pytest.mark.parametrize("max_tokens", [None, 70])
+def test_so_does_a_step_of_batches_of_similar_length(max_tokens):
+    """Of one batch size: it says where batches are cut."""
+    lengths = np.random.default_rng(0).integers(1, 60, 45)
+
+    def rows(processes):
+        parts = [LengthBatches(lengths, 2, 3, processes, rank, max_tokens) for rank in range(processes)]
+        return rows_of_steps(parts, 6 // processes)
+
+    expected = rows(1)
+    assert sorted(row for step in expected for row in step) == list(range(45))
+    assert all(rows(processes) == expected for processes in (2, 3, 6))
+
+
+def rows_of_steps(parts, accumulation):
+    """Return the rows of each optimizer step of an epoch, sorted, whichever process has them."""
+    micro_batches = [[row for batch in together for row in batch if row >= 0] for together in zip(*parts, strict=True)]
+    starts = range(0, len(micro_batches), accumulation)
+    return [sorted(row for batch in micro_batches[start : start + accumulation] for row in batch) for start in starts]
 
 
 def test_rows_that_fill_no_global_batch_are_refused(tmp_path, monkeypatch):

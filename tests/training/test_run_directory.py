@@ -256,3 +256,43 @@ def test_git_state(tmp_path, monkeypatch):
     assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "file").write_text("2")
     assert git_state()["dirty"] is True
+
+
+def test_manifest_adds_up_the_seconds_of_all_attempts_by_stage(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("kit.training.run_directory.time.monotonic", lambda: now[0])
+    for expected in ({"training": 5.0, "evaluation": 3.0}, {"training": 10.0, "evaluation": 6.0}):
+        directory = RunDirectory(tmp_path / "run")
+        directory.start("recipe: 1\n")
+        with directory.timed("training"):
+            now[0] += 4
+            with directory.timed("evaluation"):
+                now[0] += 3
+            now[0] += 1
+        now[0] += 100  # of no stage
+        directory.note(step=4)
+        manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+        assert manifest["seconds"] == expected
+    directory = RunDirectory(tmp_path / "run")
+    directory.start("recipe: 1\n")
+    assert directory.read_manifest()["seconds"] == expected
+    assert directory.read_manifest()["step"] == 4
+
+
+def test_manifest_repeats_the_launch_without_its_secrets(tmp_path, monkeypatch):
+    class Launcher:
+        def cmdline(self):
+            return [
+                "/usr/bin/python3", "/usr/bin/accelerate", "launch", "--config_file", "a b.yaml", "--hub_token",
+                "hunter2", "-m", "kit", "train", "r.yaml", "x.password=tr0ub4dor", "s3cret-value-1",
+                "model.eos_token=<eos>",
+            ]  # fmt: skip
+
+    monkeypatch.setattr("kit.training.run_directory.launcher", Launcher)
+    monkeypatch.setenv("MY_API_KEY", "s3cret-value-1")
+    directory = RunDirectory(tmp_path / "run")
+    directory.start("recipe: 1\n")
+    assert directory.read_manifest()["command"] == (
+        "accelerate launch --config_file 'a b.yaml' --hub_token '***' -m kit train r.yaml 'x.password=***' '***' "
+        "'model.eos_token=<eos>'"
+    )

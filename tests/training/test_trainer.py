@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kit.files import read_json
 from kit.run import train
 from kit.training.checkpoints import complete_checkpoint
+from tests.history import read_history
 from tests.material import documents
 
 TRAINING = {
@@ -132,7 +133,7 @@ def test_activation_checkpointing_is_on(run, monkeypatch):
 def test_worker_processes_change_nothing(run):
     none, two = run(), run(dataloader_num_workers=2)
     assert_equal_weights(weights(none), weights(two))
-    assert history(none) == history(two)
+    assert read_history(none) == read_history(two)
 
 
 def test_the_seed_shuffles_the_rows(run):
@@ -230,7 +231,7 @@ def test_threshold_of_early_stopping(overfit):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tensors: tensors.pop("transformer.h.1.attn.c_attn.weight"), "missing {'transformer.h.1.attn.c_attn"),
+        (lambda tensors: tensors.pop("transformer.h.1.attn.c_attn.weight"), "missing ['transformer.h.1.attn.c_attn"),
         (lambda tensors: tensors.update(extra=torch.ones(1)), "unexpected ['extra']"),
     ],
 )
@@ -283,6 +284,7 @@ def test_new_rows_are_not_decayed(tmp_path):
         train_new_rows(model, range(310, 317))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         kinds = {"preemption": Preemption(), "fingerprints": {}, "task": causal_lm, "measure": dict, "batches": list}
+        kinds["name_rows"] = None
         optimizer = KitTrainer(model=model, args=args, **kinds).create_optimizer()
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         rows = {id(p) for p in (embedding.new_rows, head.new_rows, getattr(head, "new_bias", None)) if p is not None}
@@ -294,3 +296,82 @@ def test_new_rows_are_not_decayed(tmp_path):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         assert torch.equal(embedding.weight, before)
+
+
+# ---- checkpoints by time
+
+
+ALWAYS = 1e-9  # minutes
+
+
+@pytest.fixture
+def timed(write_recipe, tmp_path):
+    """A function that runs TRAINING with a validation set, a dropout and `save_minutes`."""
+
+    def go(name, minutes, overrides=(), **training):
+        section = {"output_dir": str(tmp_path / name), "save_minutes": minutes}
+        recipe = write_recipe(
+            model={"config": {"resid_pdrop": 0.1}}, training={**TRAINING, "logging_steps": 4, **training}, run=section
+        )
+        train(str(recipe), list(overrides))
+        return tmp_path / name
+
+    return go
+
+
+def saved(folder):
+    return sorted(int(path.name.rpartition("-")[2]) for path in (folder / "checkpoints").glob("checkpoint-*"))
+
+
+def test_time_based_checkpoint_is_saved_kept_until_the_next_and_changes_nothing(timed):
+    plain, often = timed("plain", None), timed("often", ALWAYS)
+    assert (saved(plain), saved(often)) == ([], [6])
+    assert_equal_weights(weights(plain), weights(often))
+    assert [e["loss"] for e in history(plain)] == [e["loss"] for e in history(often)]
+    assert saved(timed("seldom", 1e6)) == []
+
+
+def test_run_goes_on_from_a_time_based_checkpoint(timed, monkeypatch):
+    from kit.training.trainer import KitTrainer
+
+    expected = timed("whole", None)
+    original = KitTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(KitTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        timed("cut", ALWAYS)
+    monkeypatch.setattr(KitTrainer, "training_step", original)
+    # How often is no matter of what the run is.
+    folder = timed("cut", None, ["run.resume=must"])
+    assert_equal_weights(weights(folder), weights(expected))
+    assert [e["loss"] for e in history(folder)] == [e["loss"] for e in history(expected)]
+
+
+@pytest.mark.parametrize("by", ["steps", "epoch"])
+def test_time_based_checkpoints_neither_count_nor_become_the_best(timed, by, monkeypatch):
+    from kit.training import checkpointing
+
+    settings = {"max_steps": 20, "learning_rate": 3e-2, "load_best_model_at_end": True, "save_total_limit": 2}
+    settings |= {"eval_strategy": by, "save_strategy": by, "eval_steps": 2, "save_steps": 4}
+    plain = timed("plain", None, **settings)
+    seen, original = [], checkpointing.discard_timed
+    monkeypatch.setattr(checkpointing, "discard_timed", lambda *a, newest: (seen.append(newest), original(*a, newest)))
+    often = timed("often", ALWAYS, **settings)
+    steps = [int(path.name.rpartition("-")[2]) for path in seen]
+    assert len(steps) == len(set(steps)) > 9
+    evaluated = {entry["step"] for entry in history(often, "eval_domain_bits_per_byte")}
+    regular = {step for step in steps if step in evaluated}
+    assert regular == (set(range(4, 21, 4)) if by == "steps" else evaluated)
+    assert_equal_weights(weights(plain), weights(often))
+    assert saved(plain) == [step for step in saved(often) if step in regular]
+    one, other = (read_json(f / "checkpoints/checkpoint-20/trainer_state.json") for f in (plain, often))
+    assert one["best_global_step"] == other["best_global_step"]
+    best = [
+        state["best_model_checkpoint"] and state["best_model_checkpoint"].rpartition("/")[2] for state in (one, other)
+    ]
+    assert best[0] == best[1]

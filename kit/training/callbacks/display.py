@@ -1,7 +1,7 @@
 """What training shows: a bar on a terminal, a plain line for each log entry everywhere."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -13,17 +13,14 @@ from kit.console import new_progress, say, shows_bars
 class Display(TrainerCallback):
     """Shows progress, loss, speed and evaluations on rank 0."""
 
-    def __init__(self, weight_seen: Callable[[], float], task: ModuleType, tells_end: bool = True) -> None:
-        """Show the speed at which `weight_seen`, in the task's `UNIT`, grows, its `SHOWN_FIGURE`, and why it ends."""
-        self.weight_seen = weight_seen
-        self.unit, (self.figure, self.figure_in_words) = task.UNIT, task.SHOWN_FIGURE
+    def __init__(self, task: ModuleType, tells_end: bool = True) -> None:
+        """Show the task's `SHOWN_FIGURE` of evaluations, and why training ends."""
+        self.figure, self.figure_in_words = task.SHOWN_FIGURE
         self.tells_end = tells_end
         self.bar = None
-        self.clock = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin at the step that training begins at."""
-        self.clock = (self.weight_seen(), time.monotonic())
         if shows_bars():
             self.bar = new_progress()
             self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
@@ -38,25 +35,11 @@ class Display(TrainerCallback):
         """Print a line for a log entry."""
         step = f"step {state.global_step:,}/{state.max_steps:,}"
         if "loss" in logs:
-            before, then = self.clock
-            self.clock = (self.weight_seen(), time.monotonic())
-            speed = (self.clock[0] - before) / max(self.clock[1] - then, 1e-9)
-            norm = f"  grad norm {logs['grad_norm']:.3f}" if "grad_norm" in logs else ""
-            say(
-                f"{step}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}  epoch {logs['epoch']:.2f}"
-                f"  {speed:,.0f} {self.unit}/s"
-            )
+            say(f"{step}  {'  '.join(_in_words(logs))}")
         end = f"_{self.figure}"
         found = {k.removeprefix("eval_").removesuffix(end): v for k, v in logs.items() if k.endswith(end)}
         if found:
             say(f"{step}  " + "  ".join(f"{name} {value:.4f} {self.figure_in_words}" for name, value in found.items()))
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Keep the time of evaluations out of the speed of training."""
-        self.clock = (self.weight_seen(), time.monotonic())
-
-    # A save takes time of its own just as an evaluation does.
-    on_save = on_evaluate
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell of an early end, and of the model that is kept."""
@@ -72,3 +55,23 @@ class Display(TrainerCallback):
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+def _in_words(logs: dict[str, float]) -> Iterator[str]:
+    """Yield what a line says of a log entry; of several learning rates the highest."""
+    rates = [rate for name, rate in logs.items() if name.startswith("learning_rate")]
+    yield f"loss {logs['loss']:.4f}"
+    if "grad_norm" in logs:
+        yield f"grad norm {logs['grad_norm']:.3f}"
+    yield f"lr {max(rates):.2e}"
+    yield f"epoch {logs['epoch']:.2f}"
+    if "phase" in logs:
+        yield f"phase {logs['phase']}"
+    if "tokens_per_second" in logs:
+        yield f"{logs['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in logs:
+        yield f"{logs['mfu']:.0%} of peak"
+    if "memory_gib" in logs:
+        yield f"{logs['memory_gib']:.1f} GiB"
+    if logs.get("seconds_left"):
+        yield f"{timedelta(seconds=round(logs['seconds_left']))} left"

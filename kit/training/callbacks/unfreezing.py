@@ -1,11 +1,14 @@
 """A freezing plan during training: what trains at a step, without dropout in what does not, and proof of gradients."""
 
-import os
 from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from kit.console import say, warn
@@ -14,6 +17,8 @@ from kit.model.freezing import count_parameters
 from kit.model.new_rows import is_new_rows
 from kit.model.parts import adapters_by_module
 from kit.training.parameter_groups import Phase, check_phases, ever_trained, phase_at, sets_change
+from kit.training.sharding import is_sharded, sharding_of
+from kit.training.unused import is_reentrant
 
 _MOST_NAMED = 5
 
@@ -47,12 +52,15 @@ class Unfreezing(TrainerCallback):
         missing = ever_trained(self.phases) - {name for name, _ in model.named_parameters()}
         if missing:
             raise RuntimeError(f"no parameters of {type(model).__name__}: {', '.join(sorted(missing)[:_MOST_NAMED])}")
-        if not _is_reentrant(args):
+        if not is_reentrant(args):
             # With activation checkpointing transformers lets the embeddings' output require grad, which only the
             # reentrant kind needs: the backward pass would go through all blocks, however many are frozen.
             model.disable_input_require_grads()
         self._model, self._phase, self._proven = model, None, None
         model.train = self._train  # on the instance; a wrapper's `train` calls it
+        if isinstance(model, FSDPModule):
+            # Otherwise at the first forward pass, where FSDP2 takes note of the precision of what trains just then.
+            model._get_fsdp_state()._lazy_init()
         self._follow(state.global_step)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -64,12 +72,12 @@ class Unfreezing(TrainerCallback):
     ) -> None:
         """Check once in each phase that what should train has a gradient, after all micro-batches.
 
-        Not under FSDP and DeepSpeed, which keep gradients elsewhere.
+        Not under DeepSpeed, which keeps gradients elsewhere.
 
         Raises:
             UserError: a tensor has none.
         """
-        if self._proven == self._phase or _is_sharded(args):
+        if self._proven == self._phase or sharding_of(vars(args)) == "DeepSpeed":
             return
         self._proven = self._phase
         wanted = self.phases[self._phase].trainable
@@ -163,7 +171,8 @@ def check_gradients(
             f"{_named(without)}; expected one for each. If `training` turns on activation checkpointing with "
             f"`use_reentrant: true`, leave that out; what the loss does not depend on is to be frozen"
         )
-    zero = {name for name, p in parameters.items() if not is_new_rows(name) and not p.grad.any()}
+    nonzero = _any_nonzero([parameter.grad for parameter in parameters.values()])
+    zero = {name for name, found in zip(parameters, nonzero, strict=True) if not found and not is_new_rows(name)}
     of_adapters = {name for names in adapters.values() for name in names}
     dead = [name for names in adapters.values() if (ours := names & parameters.keys()) <= zero for name in sorted(ours)]
     zeros = [name for name in parameters if name in zero and name not in of_adapters] + dead
@@ -171,31 +180,28 @@ def check_gradients(
         warn(f"in step {step}, the gradient of {len(zeros)} tensors that should train is zero: {_named(zeros)}")
 
 
+def _any_nonzero(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Return of each tensor whether it has a value other than zero, in any of its shards."""
+    flags = [(t.to_local() if isinstance(t, DTensor) else t).any() for t in tensors]
+    found = torch.stack([flag.to(flags[0].device) for flag in flags]).int() if flags else torch.zeros(0)
+    if any(isinstance(t, DTensor) for t in tensors):
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.bool().tolist()
+
+
 def _check_distributed(args: TrainingArguments, phases: Sequence[Phase]) -> None:
-    if args.world_size == 1 or _is_sharded(args) or not sets_change(phases):
+    if args.world_size == 1 or is_sharded(args) or not sets_change(phases):
         return
     because = "where `freezing` has a schedule, some parameters have no gradient in some phases"
     if not args.ddp_find_unused_parameters:
         found = args.ddp_find_unused_parameters
         raise UserError(f"training.ddp_find_unused_parameters: found {found}; expected true: {because}")
-    if args.gradient_checkpointing and _is_reentrant(args):
+    if args.gradient_checkpointing and is_reentrant(args):
         raise UserError(
             f"training.activation_checkpointing_kwargs.use_reentrant: expected false with several processes: {because}"
         )
 
 
-def _is_reentrant(args: TrainingArguments) -> bool:
-    """Tell whether activation checkpointing, if it is on, is or may be of the reentrant kind."""
-    options = dict(args.gradient_checkpointing_kwargs or {})
-    # As in `Trainer.train`: without options that torch is to get, transformers chooses the other kind.
-    return bool(options.keys() - {"every_n_layers", "offload"}) and options.get("use_reentrant") is not False
-
-
 def _named(names: list[str]) -> str:
     more = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _is_sharded(args: TrainingArguments) -> bool:
-    asked = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed or any(asked))
