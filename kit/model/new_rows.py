@@ -83,10 +83,13 @@ def put_back(model: nn.Module) -> None:
 
 
 def take_out(model: nn.Module) -> None:
-    """Read rows that are apart from their matrices, which were loaded; called on all processes."""
+    """Let the rows be those of their matrices, which were loaded; called on all processes."""
     for module in _owners(model):
-        for matrix, part in _wholes_and_parts(module) if _are_apart(module) else ():
-            write(part, _rows(unsharded(matrix), module.new_row_ids))
+        for matrix, part in _wholes_and_parts(module):
+            if _are_apart(module):
+                write(part, _rows(unsharded(matrix), module.new_row_ids))
+            else:
+                part.data = _rows(matrix, module.new_row_ids)  # should the part have lain elsewhere
 
 
 def _owners(model: nn.Module) -> list[nn.Module]:

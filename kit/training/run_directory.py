@@ -206,7 +206,8 @@ class RunDirectory:
             earlier = self.read_manifest()
             if earlier.get("attempts"):
                 # Nothing was started: the manifest tells of the run that is here, and beside it of this attempt.
-                write_json(self.manifest, earlier | {"refused": {"status": status, **facts}})
+                if status in ("user-error", "failed") and earlier.get("status") != "done":
+                    write_json(self.manifest, earlier | {"refused": {"status": status, **facts}})
                 return
             self._facts = {"command": _command()}
         try:

@@ -42,3 +42,17 @@ def test_status_names_the_newest_whole_checkpoint(write_recipe, tmp_path):
     assert status(recipe, [])[2] == "checkpoint-2"
     run.prepare(recipe, [])
     assert read_status(tmp_path / "run") == "killed"
+
+
+def test_status_of_a_refused_start_is_the_refusal_until_the_run_goes_on(write_recipe, tmp_path):
+    """A script behind a launcher would else queue a job again that can never begin."""
+    recipe = str(write_recipe(training={"max_steps": 5, "save_steps": 2}))
+    fault = Fault("kit.training.trainer:KitTrainer.training_step", 4, signal.SIGTERM)
+    assert run_kit(["train", recipe], fault=fault) == [143]
+    assert read_status(tmp_path / "run") == "preempted"
+    assert run_kit(["train", recipe, "training.learning_rate=0.5"]) == [2]
+    assert read_status(tmp_path / "run") == "user-error"
+    assert run_kit(["train", recipe]) == [0]
+    assert read_status(tmp_path / "run") == "done"
+    assert run_kit(["train", recipe, "training.learning_rate=0.5"]) == [2]
+    assert read_status(tmp_path / "run") == "done"
