@@ -60,8 +60,12 @@ test-gpu: $(INSTALLED)  ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
-	$(BIN)/python benchmarks/domain_control.py
+bench: $(INSTALLED)  ## Measure speed and memory beside other trainers, on the CPU; installs them apart; 20 minutes
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: $(INSTALLED)  ## The same on a GPU; ARGS=--only=… for a part of it
+	$(BIN)/python -m benchmarks.speed --device cuda $(ARGS)
 
 .PHONY: train
 train: $(INSTALLED)  ## Train RECIPE, with LAUNCH=<accelerate_configs/…> in several processes
@@ -148,7 +152,8 @@ schema: $(INSTALLED)  ## Write the JSON Schema of recipes for editors
 .PHONY: docs
 docs: $(INSTALLED) schema  ## Write docs/recipes.md, the tables that the code gives to other pages, and the schema
 	$(BIN)/kit schema --markdown --output docs/recipes.md
-	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py tests/checkpoints/test_docs.py tests/test_scaling.py
+	KIT_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/test_troubleshooting.py tests/checkpoints/test_docs.py tests/test_scaling.py \
+	  tests/test_performance_docs.py
 
 .PHONY: lint
 lint: $(INSTALLED)  ## Check style and formatting
@@ -167,6 +172,10 @@ clean:  ## Remove .venv and caches; runs/ stays
 .PHONY: bench-classification
 bench-classification: $(INSTALLED)  ## Compare classifiers with TF-IDF on several splits, on the demo's model and docstrings
 	$(BIN)/python benchmarks/classification.py $(ARGS)
+
+.PHONY: bench-domain
+bench-domain: $(INSTALLED)  ## Show that domain text, not more training, is what adapts the model
+	$(BIN)/python benchmarks/domain_control.py
 
 .PHONY: bench-data
 bench-data: $(INSTALLED)  ## Measure memory and speed of preparing a corpus

@@ -106,7 +106,9 @@ def write_builtin_text(path: Path) -> Path:
     return path
 
 
-def prepare_tokenizer(given: Path | None, text: Path, separator: str, folder: Path) -> Path:
+def prepare_tokenizer(
+    given: Path | None, text: Path, separator: str, folder: Path, vocab_size: int = VOCAB_SIZE
+) -> Path:
     """Save the tokenizer of all measurements to a folder that `AutoTokenizer` takes."""
     from transformers import AutoTokenizer, GPT2TokenizerFast
 
@@ -116,7 +118,7 @@ def prepare_tokenizer(given: Path | None, text: Path, separator: str, folder: Pa
 
     if given is None:
         source = make_source(text, separator)
-        section = ModelSection(from_config={"model_type": "gpt2"}, tokenizer={"vocab_size": VOCAB_SIZE})
+        section = ModelSection(from_config={"model_type": "gpt2"}, tokenizer={"vocab_size": vocab_size})
         documents = (document for document in read_documents(source) if isinstance(document, str))
         tokenizer = load_tokenizer(section, folder.parent / "store", lambda: documents, lambda: "text")
     elif (given / "merges.txt").is_file() and not (given / "tokenizer.json").is_file():

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
+from kit.model.chunked_loss import give_losses
 from kit.tasks import causal_lm
 from kit.training.memory import estimate_memory
 
@@ -49,6 +50,11 @@ def build(config: dict[str, Any], strategy: Strategy, device: str = "meta") -> P
         blocks, norm = (decoder.h, decoder.ln_f) if config.model_type == "gpt2" else (decoder.layers, decoder.norm)
         for module in (*blocks[-BLOCKS:], norm):
             module.requires_grad_(True)
+    sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "vocab_size"), 8)
+    tiny = AutoConfig.for_model(config.model_type, **sizes, num_hidden_layers=1, bos_token_id=0, eos_token_id=0)
+    like = AutoModelForCausalLM.from_config(tiny)
+    give_losses(like)  # a model without data cannot be tried out
+    give_losses(model, like)
     return model
 
 
@@ -69,7 +75,7 @@ def counted(model: PreTrainedModel, strategy: Strategy, rows: int, length: int) 
 
 def expected(shape: Shape, strategy: Strategy, rows: int, length: int) -> dict[str, float]:
     """Return what the formulas say under the names, and with the omissions, of the kit's estimate."""
-    parts = training_memory(shape, strategy, rows, length, cuda=False)
+    parts = training_memory(shape, strategy, rows, length)
     tokens = rows * length
     head = 2 * shape.head if not strategy.computes_in_bf16 else 0
     # Of casts, a checkpointed block keeps none: they stand in autocast's cache, which the estimate does not see.
@@ -84,8 +90,8 @@ def expected(shape: Shape, strategy: Strategy, rows: int, length: int) -> dict[s
         "weights": parts["weights"],
         "gradients": parts["gradients"],
         "optimizer (adamw_torch_fused)": parts["optimizer"],
-        "activations": parts["activations"] + casts + rotary + 4 * shape.vocabulary * tokens,
-        "gradient of logits": 6 * shape.vocabulary * tokens,
+        "activations": parts["activations"] + casts + rotary,
+        "logits": parts["logits"],
     }
 
 
@@ -164,7 +170,7 @@ def main() -> None:
     small, trained, counts = shape_of(SMALL), {}, {}
     processes = multiprocessing.get_context("fork")
     for strategy in ON_ONE:
-        parts = training_memory(small, strategy, options.rows, LENGTH, cuda=False)
+        parts = training_memory(small, strategy, options.rows, LENGTH)
         with processes.Pool(1) as pool:
             measured = pool.apply(train, (strategy, options.rows))
         trained[strategy.name] = {"formula": sum(parts.values()), "measured": measured, **parts}

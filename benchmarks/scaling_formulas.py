@@ -172,7 +172,7 @@ def norm_per_token(shape: Shape, bf16: bool, frozen: bool = False) -> int:
     return 4 * shape.h + 4 + (0 if frozen else 2 * shape.h if bf16 else 4 * shape.h)
 
 
-def block_per_token(shape: Shape, length: int, bf16: bool, lora: bool = False, cuda: bool = True) -> int:
+def block_per_token(shape: Shape, length: int, bf16: bool, lora: bool = False) -> int:
     """Return the bytes that a block keeps for the backward pass, for a token of rows in which documents are packed.
 
     Args:
@@ -180,20 +180,24 @@ def block_per_token(shape: Shape, length: int, bf16: bool, lora: bool = False, c
         length: of a row.
         bf16: the weights are bfloat16, rather than fp32 that autocast casts.
         lora: they are frozen, with an adapter beside them.
-        cuda: under CUDA's autocast, which computes the powers in GPT-2's GELU in fp32; a CPU's does not.
     """
     h, f, a, k = shape.h, shape.f, shape.a, shape.k
     mask, softmax = 2 * length, 4 * shape.heads
     total = 2 * norm_per_token(shape, bf16, lora) + mask + softmax + (2 * RANK * len(shape.matrices) if lora else 0)
     if shape.family == "gpt2":
-        return total + 4 * h + 8 * h + (16 if cuda and not bf16 else 10) * f + (2 * h if lora else 0)
+        return total + 4 * h + 8 * h + 4 * f + (2 * h if lora else 0)
     inputs = 4 * h if bf16 and not lora else 10 * h
     of_heads = (4 if lora else 6) * (a + k) + 4 * (shape.heads + shape.kv_heads) if shape.family == "qwen3" else 0
     return total + inputs + 8 * a + (2 * a if lora else 0) + of_heads + 8 * f
 
 
+def positions_of_chunk(shape: Shape, tokens: int) -> int:
+    """Return how many positions' logits the kit holds at a time."""
+    return min(tokens, 2**25 // shape.vocabulary)
+
+
 def training_memory(
-    shape: Shape, strategy: Strategy, rows: int = 1, length: int = 2048, cuda: bool = True
+    shape: Shape, strategy: Strategy, rows: int = 1, length: int = 2048
 ) -> dict[str, float]:
     """Return the bytes that a GPU holds at most while training, by use: see docs/scaling.md for each.
 
@@ -202,7 +206,6 @@ def training_memory(
         strategy: how it is trained; accumulation is left out for what is sharded.
         rows: of a micro-batch.
         length: of a row.
-        cuda: see `block_per_token`.
     """
     everything, n, sharding = shape.parameters, strategy.gpus, strategy.sharding
     tokens, bf16, lora = rows * length, strategy.computes_in_bf16, strategy.trains == "lora"
@@ -211,7 +214,7 @@ def training_memory(
     last = BLOCKS * shape.block + (2 if shape.family == "gpt2" else 1) * shape.h
     trained = shape.lora if lora else last if frozen_but_last else everything
     of_trained = 4 if lora else strategy.weights
-    per_block = block_per_token(shape, length, bf16, lora, cuda) * tokens
+    per_block = block_per_token(shape, length, bf16, lora) * tokens
     kept = (2 if bf16 else 4) * shape.h * tokens if strategy.checkpointing else per_block
     parts = {
         "weights": strategy.weights * everything + (4 * shape.lora if lora else 0),
@@ -222,7 +225,7 @@ def training_memory(
         "gathered": 0,
         "activations": blocks * kept + (norm_per_token(shape, bf16, lora) + 2 * shape.h) * tokens,
         "one block again": per_block if strategy.checkpointing else 0,
-        "logits": 10 * tokens * shape.vocabulary,
+        "logits": 8 * shape.vocabulary * (tokens if sharding == "zero3" else positions_of_chunk(shape, tokens)),
     }
     if strategy.weights == NF4:
         quantised = shape.layers * shape.linear

@@ -29,6 +29,8 @@ from kit.training.plan import StepPlan
 from kit.training.preemption import Preemption
 from kit.training.resolving import resolve_recipe
 from kit.training.run_directory import RunDirectory, read_status
+from kit.training.sharding import is_sharded
+from kit.training.timings import measure_choices
 from kit.training.topology import barrier, check_topology, describe, from_main_process
 
 _PROBE_STEPS = 2
@@ -36,7 +38,7 @@ _PROBE_DOCUMENTS = 4
 _GIB = 2**30
 
 
-def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
+def check(recipe_path: str, overrides: list[str], probe: bool = False, compiles: bool = False) -> None:
     """Find everything that is wrong with a recipe before it trains, and show what it is going to do.
 
     Nothing is written but token stores, which the run itself then finds.
@@ -45,6 +47,7 @@ def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
         recipe_path: the recipe's file.
         overrides: `section.key=value`.
         probe: also train two steps, evaluate, save and load what was saved, in a temporary folder.
+        compiles: with the probe, also compile the model, and say whether that pays.
 
     Raises:
         UserError: the recipe cannot be run.
@@ -70,7 +73,7 @@ def check(recipe_path: str, overrides: list[str], probe: bool = False) -> None:
             print_memory(run)
         say(f"disk: {from_main_process(lambda: check_room(run.model, recipe, plan, directory.checkpoints))}")
         if probe:
-            probe_run(run, plan, preemption)
+            probe_run(run, plan, preemption, compiles)
     say(f"\nnothing found that would stop it: kit train {shlex.join([recipe_path, *overrides])}")
 
 
@@ -167,19 +170,22 @@ def _available_memory(device: torch.device, processes: int) -> float:
 # ---- The probe
 
 
-def probe_run(run: Run, plan: StepPlan, preemption: Preemption) -> None:
-    """Train two real steps, evaluate a few documents, save, load again and compare, in a folder that goes again."""
+def probe_run(run: Run, plan: StepPlan, preemption: Preemption, compiles: bool) -> None:
+    """Train two real steps, evaluate a few documents, save, load again and compare, in a folder that goes again.
+
+    Then show what was taken of precision, optimizer, loss and compilation, and the times behind it.
+    """
     # Beside the token stores: neither where the run is going to be, nor where it would be looked for.
     folder = from_main_process(lambda: tempfile.mkdtemp(prefix=".probe-", dir=run.recipe.data.store_dir))
     try:
-        _probe_in(Path(folder), run, plan, preemption)
+        _probe_in(Path(folder), run, plan, preemption, compiles)
         barrier()  # the others may still be reading
     finally:
         if is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) -> None:
+def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption, compiles: bool) -> None:
     directory = RunDirectory(folder)
     recipe = run.recipe.model_copy(
         update={
@@ -187,7 +193,7 @@ def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) ->
             "run": run.recipe.run.model_copy(update={"resume": "never"}),
         }
     )
-    args, _ = make_training_arguments(recipe, run.task, directory.checkpoints)
+    args, precision = make_training_arguments(recipe, run.task, directory.checkpoints)
     sets = {name: documents.first(_PROBE_DOCUMENTS) for name, documents in run.corpus.sets.items()}
     corpus = dataclasses.replace(run.corpus, sets=sets)
     freezing, phases = run.plan, 1
@@ -208,6 +214,12 @@ def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption) ->
     if is_main_process():
         probe.save(directory.model)
         say(f"probe: saved and loaded again, the model gives the same logits; at most {_peak_memory(args)} in use")
+    if is_sharded(args):
+        say("precision, optimizer and loss are not measured on a model in shards")
+        return
+    batch = run.task.largest_batch(corpus, recipe, args)
+    choices = measure_choices(run.model, args, run.task, batch, precision, plan.steps, compiles)
+    table("What was taken, and the times behind it", ["what", "taken", "measured"], [list(row) for row in choices])
 
 
 class _StopAfter(TrainerCallback):

@@ -48,12 +48,17 @@ def train(
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Also train two steps, evaluate, save and reload.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also train two steps, evaluate, save, reload, and time what was chosen.")
+    ] = False,
+    compiles: Annotated[
+        bool, typer.Option("--compile", help="Probe, and say from which step on `training.torch_compile` pays.")
+    ] = False,
 ) -> None:
     """Find everything that is wrong with a recipe, and show what it is going to do, without training."""
     from kit.check import check as check_recipe
 
-    check_recipe(recipe, overrides or [], probe)
+    check_recipe(recipe, overrides or [], probe or compiles, compiles)
 
 
 @app.command()

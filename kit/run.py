@@ -63,7 +63,7 @@ def train(recipe_path: str, overrides: list[str]) -> None:
             directory.note(data=run.corpus.key, model=run.model_key, parameters=total, trainable=trainable)
             with tracked(recipe, directory.path) as tracker, directory.timed("training"):
                 figures = run_training(run, tracker, preemption)
-                task.settle(run.model, run.corpus, recipe, args)
+                run.settle()
                 after = {**run.measure_all(figures), "samples": run.sample()}
                 scorecard = finish(run, before, after, tracker)
         task.print_scorecard(scorecard)

@@ -1,8 +1,8 @@
 """The stages of a run in their order, from data and model to scorecard; `kit.run` says which command has which."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,9 @@ from kit.evaluation.inference import inference
 from kit.evaluation.samples import print_samples
 from kit.evaluation.scorecard import Figures
 from kit.files import hash_values, make_folder, write_json, write_text
+from kit.model.activations import fuse_activations
 from kit.model.adapter_files import Adapter, base_facts
+from kit.model.attention import settle_attention
 from kit.model.loading import model_key
 from kit.model.new_rows import put_back, set_apart
 from kit.model.saving import save_model, saved_model_difference
@@ -41,6 +43,7 @@ from kit.tracking.reporters import settle_reporters
 from kit.tracking.wandb_run import WandbTracker
 from kit.training.adapters import adapter_key, insert_adapter
 from kit.training.added_tokens import AddedTokens, Base, audit_added_tokens, report_untrained, save_audit
+from kit.training.allocator import keep_freed_memory
 from kit.training.callbacks.display import Display
 from kit.training.callbacks.manifest import NoteProgress
 from kit.training.callbacks.metrics_log import MetricsLog
@@ -50,6 +53,7 @@ from kit.training.freezing import FreezingPlan, check_frozen, fingerprint_frozen
 from kit.training.measured import measured_once
 from kit.training.plan import StepPlan, plan_steps
 from kit.training.preemption import Preemption
+from kit.training.prefix_cache import PrefixCache, PrefixData, make_prefix_cache
 from kit.training.run_directory import RunDirectory
 from kit.training.sharding import describe_sharding, is_sharded
 from kit.training.throughput import Throughput
@@ -88,6 +92,7 @@ class Run:
     untrained: Mapping[str, Figures] = field(default_factory=dict)
     plan: FreezingPlan | None = None
     adapter: Adapter | None = None
+    prefix: PrefixCache | None = None
 
     def measure(self, poll: Callable[[], None] = lambda: None) -> dict[str, Figures]:
         """Return the model's figures on the evaluation sets that are measured on the way."""
@@ -109,8 +114,16 @@ class Run:
         with self._evaluating():
             return self.task.measure_baselines(self.corpus, self.recipe, self.tokenizer, self.args)
 
-    def _evaluating(self) -> AbstractContextManager[None]:
-        return self.directory.timed("evaluation") if self.directory else nullcontext()
+    def settle(self) -> None:
+        """Do to the trained model what its task leaves to do after training."""
+        with self._evaluating():
+            self.task.settle(self.model, self.corpus, self.recipe, self.args)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        timed = self.directory.timed("evaluation") if self.directory else nullcontext()
+        with timed, self.prefix.evaluating() if self.prefix else nullcontext():
+            yield
 
     def plan_steps(self) -> StepPlan:
         """Return the steps of the run."""
@@ -181,6 +194,10 @@ def prepare_run(
     # In shards it need not have room on one device: unless something is measured before, it never is there whole.
     if measures_only or not is_sharded(args):
         model = model.to(args.device)
+    if not measures_only:
+        fuse_activations(model)
+    if not measures_only and getattr(recipe.data, "packing", False):
+        settle_attention(model, recipe.model.attn_implementation, args, len(original))
     # Hashing a large model takes a while: once is enough.
     key = from_main_process(lambda: model_key(recipe.model, args.seed))
     return Run(recipe, task, args, directory, tokenizer, corpus, model, key, extension, base)
@@ -223,10 +240,20 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
         print_plan(run.model, plan, run.args)
         if run.directory and is_main_process():
             write_json(run.directory.freezing, plan_as_rows(run.model, plan, run.args))
-    run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan, adapter=adapter)
+    prefix = make_prefix_cache(run.model, plan, run.recipe.freezing, run.plan_steps(), _prefix_data(run))
+    run = dataclasses.replace(run, added=added, untrained=untrained, plan=plan, adapter=adapter, prefix=prefix)
     if added and run.directory:
         save_audit(added, run.directory.vocabulary, untrained)
     return run
+
+
+def _prefix_data(run: Run) -> PrefixData:
+    rows, sets = run.corpus.rows, run.corpus.sets.values()
+    if isinstance(run.corpus, LabeledCorpus):
+        positions, evaluated = rows.lengths.sum(), sum(of.rows.lengths.sum() for of in sets)
+    else:
+        positions, evaluated = len(rows) * run.recipe.data.block_size, sum(of.lengths.sum() for of in sets)
+    return PrefixData(rows, run.corpus.collate, int(positions), int(evaluated), run.recipe.data.store_dir)
 
 
 def _measure_once(run: Run, *state: Any) -> dict[str, Any]:
@@ -270,10 +297,14 @@ def run_training(
     settings = recipe_settings(recipe, run.args.world_size)
     fingerprints = {"recipe": settings, "data": run.corpus.key, "model": run.model_key}
     fingerprints["sharding"] = describe_sharding(run.args)
+    if run.args.device.type == "cpu":
+        keep_freed_memory()
     checkpoint = from_main_process(lambda: _resume_point(run, fingerprints))
     say(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     unfreezing = Unfreezing(run.plan.phases) if run.plan else None
-    own = [MetricsLog(directory.metrics), NoteProgress(directory), *([unfreezing] if unfreezing else [])]
+    # The cache looks at the model in the modes that the phase before it sets.
+    phased = [callback for callback in (unfreezing, run.prefix) if callback]
+    own = [MetricsLog(directory.metrics), NoteProgress(directory), *phased]
     callbacks = [*own, *watchers]
     if recipe.run.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.run.early_stopping.patience, recipe.run.early_stopping.threshold))
@@ -296,8 +327,9 @@ def run_training(
     if run.plan:
         check_frozen(run.model, run.plan, frozen)
     put_back(run.model)
-    # Takes accelerate's autocast off the model's forward again.
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # Accelerate's own way to take its autocast off again would take the chunked loss with it.
+    if forward := vars(run.model).pop("_original_forward", None):
+        run.model.forward = forward
     return trainer.final_figures()
 
 
@@ -342,7 +374,8 @@ def _make_trainer(
         fingerprints=fingerprints,
         plan=run.plan,
         adapter=run.adapter,
-        throughput=Throughput(run.plan, peak and peak * 1e12),
+        prefix=run.prefix,
+        throughput=Throughput(run.plan, peak and peak * 1e12, lambda: run.prefix.served if run.prefix else 0),
         name_rows=run.corpus.name_rows,
         save_minutes=recipe.run.save_minutes,
         skip_nonfinite_steps=recipe.run.skip_nonfinite_steps,

@@ -22,6 +22,7 @@ from kit.evaluation.plain_sentences import PLAIN_SENTENCES
 from kit.evaluation.samples import continue_prompts
 from kit.model.alignment import check_alignment, check_ids, check_special_ids
 from kit.model.architecture import build_architecture
+from kit.model.chunked_loss import give_losses
 from kit.model.configuration import CAUSAL_LM, CLASSIFIER
 from kit.model.file_checks import (
     FAIL,
@@ -287,6 +288,7 @@ def _perplexity(loaded: _Loaded, text: str | None, encode: Any) -> Check:
     size = min(loaded.positions, _MOST_WINDOW)
     eos = special_tokens(loaded.tokenizer).eos.id
     document = _OneText(ids, eos, len(text.encode()))
+    give_losses(loaded.model)
     figures = evaluate_documents(loaded.model, document, size, loaded.context, batch_size=4).figures()
     bits, tokens = figures["bits_per_byte"], figures["tokens"]
     return Check(

@@ -280,7 +280,7 @@ def test_activation_checkpointing_changes_no_weight(recipe, tiny_models, tmp_pat
 @pytest.mark.parametrize("stops", [False, True])
 def test_the_best_adapter_is_restored(recipe, tmp_path, stops):
     """The rate is one at which later steps make it worse: the last adapter is not the best."""
-    diverges = {**MEASURED, "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_steps": 12}
+    diverges = {**MEASURED, "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 12}
     early = {"early_stopping": {"patience": 2}} if stops else {}
     train(str(recipe(training=diverges, run=early, vocabulary=TOKENS, freezing=ROWS)), [])
     run = tmp_path / "run"

@@ -156,7 +156,7 @@ def test_recipe_keys_change_deliberately():
             "TrainableParts": f"{parts} new_tokens",
             "PhaseSection": "epoch step fraction trainable warmup_steps",
             "GroupSection": "parts learning_rate weight_decay",
-            "FreezingSection": "trainable frozen schedule layer_decay groups",
+            "FreezingSection": "trainable frozen schedule layer_decay groups cache cache_gib",
         },
     }
     for module, expected in sections.items():

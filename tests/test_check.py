@@ -296,6 +296,12 @@ def test_probe_that_is_ended_from_outside_leaves_nothing(write_recipe, tmp_path)
 # ---- the probe
 
 
+@pytest.fixture(autouse=True)
+def _quick_products(monkeypatch):
+    """What the matrix products of a probe cost does not belong to a test."""
+    monkeypatch.setattr("kit.training.timings._SIZES", (8,))
+
+
 PROBES = {
     "early stopping": {"training": EVALUATED, "run": {"early_stopping": {"patience": 1}}},
     "best model": {"training": {**EVALUATED, "load_best_model_at_end": True}},
@@ -345,6 +351,41 @@ def test_probe_of(write_recipe, tmp_path, capsys, monkeypatch, name):
     assert not list(tmp_path.rglob(".probe-*"))
     assert not list(tmp_path.rglob("wandb*"))
     assert not (tmp_path / "run").exists()
+
+
+def test_probe_shows_what_was_taken_and_what_compiling_brings(write_recipe, capsys):
+    recipe = str(write_recipe(training={"torch_compile_backend": "eager", "torch_compile": False, "max_steps": 50}))
+    check(recipe, [], probe=True, compiles=True)
+    out = capsys.readouterr().out
+    table = out[out.index("What was taken, and the times behind it") :]
+    for shown in ("fp32 (recipe)", "GFLOP/s", "adamw_torch_fused: ", "adamw_torch: ", "sdpa", "compiled: ", "pay"):
+        assert shown in table
+
+
+FUSED = {
+    "all": {},
+    "frozen blocks": {"freezing": {"trainable": {"last_blocks": 1}}},
+    "a rate for each layer": {"freezing": {"layer_decay": 0.5}},
+    "new rows": {"vocabulary": {"special_tokens": ["<|new|>"]}, "freezing": {"trainable": {"new_tokens": True}}},
+}
+
+
+@pytest.mark.parametrize(("optim", "fused"), [(None, True), ("adamw_torch_fused", True), ("adamw_torch", False)])
+@pytest.mark.parametrize("name", FUSED)
+def test_optimizer_is_fused_whatever_trains(write_recipe, monkeypatch, name, optim, fused):
+    """Groups that are made with a plan pass through other code than those that Trainer makes."""
+    found = []
+    step = KitTrainer.training_step
+
+    def spy(self, *args):
+        found.extend(group["fused"] for group in self.optimizer.param_groups)
+        return step(self, *args)
+
+    monkeypatch.setattr(KitTrainer, "training_step", spy)
+    training = {"optim": optim} if optim else {}
+    check(str(write_recipe(training=training, **FUSED[name])), [], probe=True)
+    assert len(found) > 1
+    assert {bool(value) for value in found} == {fused}
 
 
 def test_probe_under_two_processes(write_recipe, tmp_path):

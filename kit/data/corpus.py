@@ -14,6 +14,7 @@ from kit.data.cleaning import ALSO_EVALUATED, Cleaned, Selections, clean
 from kit.data.columns import LeftOut
 from kit.data.ledger import LedgerRow, account, enter_shares, ledger_as_json
 from kit.data.naming import name_documents
+from kit.data.packing import lay_out
 from kit.data.sampling import EpochBatches
 from kit.data.sources import hash_text, read_documents, source_fingerprint, watch
 from kit.data.splits import choose_documents, held_out
@@ -80,7 +81,7 @@ class EvaluationDocuments:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, EOS included: int64 (documents,)."""
-        return np.concatenate([store.offsets[d + 1] - store.offsets[d] for store, d in self.stores])
+        return np.concatenate([store.lengths(d) for store, d in self.stores])
 
     def first(self, documents: int) -> "EvaluationDocuments":
         """Return the set's first documents alone."""
@@ -214,21 +215,22 @@ def recode(chosen: Selections, data: DataSection, coding: TokenCoding) -> Select
 
 def _mix(data: DataSection, cleaned: list[Cleaned], seed: int) -> list[TrainPart]:
     """Choose the blocks of each source that make an epoch."""
-    domain, replay = cleaned[: len(data.train)], cleaned[len(data.train) :]
+    domain = cleaned[: len(data.train)]
     num_bytes = sum(int(source.store.num_bytes[source.documents].sum()) for source in domain)
     if num_bytes < _LITTLE_TEXT:
         warn(f"the training text has {num_bytes:,} bytes; below {_LITTLE_TEXT:,} a model learns it by heart")
+    layouts = [lay_out(s.store.lengths(s.documents), data.block_size, data.packing) for s in cleaned]
+    sizes = [layout.sizes for layout in layouts]
     blocks = select_blocks(
-        [source.store.count_tokens(source.documents) for source in domain],
+        sizes[: len(domain)],
         [source.weight for source in data.train],
-        data.block_size,
         seed,
-        replay=(
-            [source.store.count_tokens(source.documents) for source in replay],
-            data.replay.share if data.replay else 0.0,
-        ),
+        replay=(sizes[len(domain) :], data.replay.share if data.replay else 0.0),
     )
-    return [TrainPart(c.store, c.documents, b, data.block_size) for c, b in zip(cleaned, blocks, strict=True)]
+    return [
+        TrainPart(source.store, source.documents, layout, chosen, data.block_size)
+        for source, layout, chosen in zip(cleaned, layouts, blocks, strict=True)
+    ]
 
 
 def _check_left(source: Cleaned) -> None:

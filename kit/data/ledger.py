@@ -9,6 +9,7 @@ import numpy as np
 from kit.console import say, table, warn
 from kit.data.blocks import TrainPart
 from kit.data.cleaning import ALSO_EVALUATED, EXACT_DUPLICATE, NEAR_DUPLICATE, NEAR_EVALUATED, OVERLAP, Cleaned, Example
+from kit.data.packing import count_cut
 from kit.errors import UserError
 
 BEYOND_SHARE = "beyond its share"
@@ -33,6 +34,7 @@ class LedgerRow:
         trained: label positions of one epoch.
         context: tokens that are only ever context; none, since the kit puts a context token before each document.
         padding: positions of an epoch without a token, in packed rows.
+        cut: documents that are spread over several rows.
         dropped: tokens that are never trained on, by cause.
         dropped_documents: documents of the causes that drop whole ones, with examples of them.
         share: share of the epoch's label positions that come from this source.
@@ -50,6 +52,7 @@ class LedgerRow:
     trained: int
     context: int
     padding: int
+    cut: int
     dropped: dict[str, int] = field(default_factory=dict)
     dropped_documents: dict[str, dict[str, Any]] = field(default_factory=dict)
     share: float = 0.0
@@ -63,12 +66,12 @@ class LedgerRow:
         return sum(self.dropped.values())
 
 
-def account(part: TrainPart, packing: bool, cleaned: Cleaned, training: np.ndarray, held_out: int) -> LedgerRow:
+def account(part: TrainPart, packing: bool | str, cleaned: Cleaned, training: np.ndarray, held_out: int) -> LedgerRow:
     """Return the account of one source.
 
     Args:
         part: what the source contributes to an epoch.
-        packing: whether rows are packed.
+        packing: whether rows are packed, as `data.packing`.
         cleaned: what was left out of its training split.
         training: int64 (documents,), the whole training split.
         held_out: documents kept for evaluation.
@@ -88,6 +91,7 @@ def account(part: TrainPart, packing: bool, cleaned: Cleaned, training: np.ndarr
         trained=trained,
         context=0,
         padding=len(part.blocks) * part.block_size - trained if packing else 0,
+        cut=count_cut(np.diff(part.starts), part.layout),
         dropped={cause: tokens for cause, tokens in dropped.items() if tokens},
         dropped_documents={
             cause: {"documents": len(documents), "examples": cleaned.examples[cause]}
@@ -129,10 +133,10 @@ def check_dropped(ledger: Sequence[LedgerRow], max_dropped: float) -> None:
 
 def print_ledger(ledger: Sequence[LedgerRow]) -> None:
     """Print the ledger as a table, one row a source, and what was left out with an example of each cause."""
-    columns = ["source", "documents", "held out", "read", "trained", "context", "dropped", "padding"]
+    columns = ["source", "documents", "held out", "cut", "read", "trained", "context", "dropped", "padding"]
     repeated, mixed = any(row.repeated for row in ledger), len(ledger) > 1
     if repeated:
-        columns.insert(4, "repeated")
+        columns.insert(5, "repeated")
     if mixed:
         columns.append("share")
     rows = []
@@ -140,11 +144,12 @@ def print_ledger(ledger: Sequence[LedgerRow]) -> None:
         left_out = "".join(f"\n+ {entry['documents']:,} {cause}" for cause, entry in row.left_out.items())
         left_out += "\nfirst ones only" if row.stopped else ""
         name = f"{row.source} (replay)" if row.is_replay else row.source
-        cells = [name, f"{row.documents:,}{left_out}"] + [f"{n:,}" for n in (row.held_out, row.read)]
+        cells = [name, f"{row.documents:,}{left_out}"] + [f"{n:,}" for n in (row.held_out, row.cut, row.read)]
         cells += [f"{row.repeated:,}"] if repeated else []
         causes = "\n+ ".join(f"{tokens:,} {cause}" for cause, tokens in row.dropped.items())
         causes = f"\n= {causes}" if len(row.dropped) > 1 else "".join(f"\n{cause}" for cause in row.dropped)
-        cells += [f"{row.trained:,}", f"{row.context:,}", f"{row.total_dropped:,}{causes}", f"{row.padding:,}"]
+        padding = f"{row.padding:,}" + (f"\n{row.padding / (row.trained + row.padding):.2%}" if row.padding else "")
+        cells += [f"{row.trained:,}", f"{row.context:,}", f"{row.total_dropped:,}{causes}", padding]
         cells += [f"{row.share:.2%}"] if mixed else []
         rows.append(cells)
     table("Token ledger of one epoch", columns, rows)

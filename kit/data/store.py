@@ -66,9 +66,13 @@ class TokenStore:
         """Return the tokens of one document, without its EOS."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
 
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Return the tokens of each of some documents, their EOS included: int64 (documents,)."""
+        return self.offsets[documents + 1] - self.offsets[documents]
+
     def count_tokens(self, documents: np.ndarray) -> int:
         """Count the tokens of some documents, their EOS included."""
-        return int((self.offsets[documents + 1] - self.offsets[documents]).sum())
+        return int(self.lengths(documents).sum())
 
     # A worker process maps the files again: pickling the arrays themselves would copy the whole corpus into each.
     def __getstate__(self) -> dict[str, Any]:

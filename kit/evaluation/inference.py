@@ -15,10 +15,13 @@ from kit.console import progress
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode and into the precision of its weights, and back.
 
-    Weights that FSDP2 keeps in shards are in shards again after it.
+    float32 stays float32: a GPU that trains in TF32 does not evaluate in it, so that figures of any two machines can be
+    compared. Weights that FSDP2 keeps in shards are in shards again after it.
     """
     was_training = model.training
     model.eval()
+    matmul = torch.backends.cuda.matmul
+    of_training, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     # accelerate patches autocast into the `forward` of the model that it prepares, where it would also round this.
     patched = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
     if patched is not None:
@@ -32,6 +35,7 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
             _set_precision(module, policy)
         if patched is not None:
             model.forward = patched
+        matmul.fp32_precision = of_training
         model.train(was_training)
 
 

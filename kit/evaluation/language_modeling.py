@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 from kit.console import progress
 from kit.evaluation.inference import batches_of, inference
@@ -77,11 +76,11 @@ def evaluate_documents(
     A document is preceded by one context token that is never scored, and followed by EOS, which is scored apart. A
     longer one is cut into consecutive windows of at most `block_size` scored tokens, each beginning with the last
     token of the one before as context. Sums are float64, so the result depends neither on batch size nor on padding
-    nor on the number of processes; logits of one batch at a time are held. The model computes in the precision of
+    nor on the number of processes. The model computes in the precision of
     its weights, whatever precision training uses.
 
     Args:
-        model: returns `logits` (rows, positions, vocabulary).
+        model: a causal LM that gives losses (`kit.model.chunked_loss`).
         documents: what to score.
         block_size: scored tokens per window, and positions that the model sees at once.
         context_token_id: BOS where the tokenizer has one, else EOS.
@@ -142,12 +141,9 @@ def _score(
         targets[row, :size] = tokens[-size:]
         input_ids[row, size - len(tokens) + 1 : size] = tokens[:-1]
         is_eos[row, size - 1] = bool(end == documents.lengths[document])
-    logits = model(input_ids=input_ids.to(device), use_cache=False).logits.flatten(0, 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets, is_eos = targets.flatten().to(logits.device), is_eos.flatten()
-    nll = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").cpu().double()
-    right = logits.argmax(-1).eq(targets).cpu()
-    is_token = targets.cpu().ge(0) & ~is_eos
+    losses = model(input_ids=input_ids.to(device), shift_labels=targets.to(device), use_cache=False)
+    nll, right = losses.nats.cpu().double(), losses.correct.cpu()
+    is_token = targets.ge(0) & ~is_eos
     return torch.stack(
         [nll[is_token].sum(), nll[is_eos].sum(), right[is_token].sum().double(), is_token.sum().double()]
     )

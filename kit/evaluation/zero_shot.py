@@ -48,21 +48,33 @@ def zero_shot(
     if cut := sum(was_cut for _, was_cut in fitted):
         of = f" of {name}" if name else ""
         say(f"zero-shot: {cut:,} of {len(texts):,} texts{of} were cut to fit {positions:,} positions")
-    # Where all answers are single tokens, one row of a text tells the likelihood of each.
-    heads = [()] if all(len(answer) == 1 for answer in answers) else [answer[:-1] for answer in answers]
-    rows = [([context_token_id, *ids], head) for ids, _ in fitted for head in heads]
+    asked = _share_rows(answers)
+    rows = [([context_token_id, *ids], head) for ids, _ in fitted for head in asked]
 
     def score(indices: Sequence[int]) -> torch.Tensor:
         batch = [rows[index] for index in indices]
-        asked = answers if len(heads) == 1 else None
-        answered = [asked or [answers[index % len(heads)]] for index in indices]
-        return _log_likelihoods(model, batch, answered, context_token_id)
+        told = [asked[head] for _, head in batch]
+        return _log_likelihoods(model, batch, told, answers, context_token_id)
 
-    columns = len(answers) if len(heads) == 1 else 1
     lengths = np.array([len(before) + len(head) for before, head in rows], dtype=np.int64)
     description = f"asking for labels of {name}" if name else "asking for labels"
-    scores = score_in_batches(model, lengths, columns, score, max_positions, description)
-    return scores.reshape(len(texts), len(names))
+    scores = score_in_batches(model, lengths, len(answers), score, max_positions, description)
+    return scores.reshape(len(texts), len(asked), len(answers)).sum(axis=1)  # zeros of all rows but one
+
+
+def _share_rows(answers: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return what has to follow the prompt in the rows of a text, and which answers each of these rows tells.
+
+    An answer's last token is predicted, and those before it are read. A row in which more tokens follow, or none for
+    an answer of a single token, tells it just as well.
+    """
+    heads = list(dict.fromkeys(tuple(answer[:-1]) for answer in answers))
+    longest = [head for head in heads if not any(head == other[: len(head)] for other in heads if other != head)]
+    told: dict[tuple[int, ...], list[int]] = {head: [] for head in longest}
+    for index, answer in enumerate(answers):
+        head = tuple(answer[:-1])
+        told[next(row for row in longest if row[: len(head)] == head)].append(index)
+    return told
 
 
 def check_question(
@@ -85,10 +97,11 @@ def check_question(
 def _log_likelihoods(
     model: PreTrainedModel,
     batch: Sequence[tuple[list[int], Sequence[int]]],
-    answered: Sequence[Sequence[list[int]]],
+    told: Sequence[Sequence[int]],
+    answers: Sequence[list[int]],
     pad: int,
 ) -> torch.Tensor:
-    """Return ln p of each row's answers, all as long as what follows its prompt and one more: (rows, answers)."""
+    """Return ln p of the answers that each row tells, and 0 for the others: float64 (rows, answers)."""
     longest = max(len(before) + len(head) for before, head in batch)
     # Right padding needs no attention mask: no position of a causal model sees what follows it.
     input_ids = torch.full((len(batch), longest), pad, dtype=torch.long)
@@ -98,12 +111,12 @@ def _log_likelihoods(
     read = sorted({len(before) - 1 + k for before, head in batch for k in range(len(head) + 1)})
     kept = torch.tensor(read, device=model.device)
     logits = model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=kept).logits
-    likelihoods = torch.zeros((len(batch), len(answered[0])), dtype=torch.float64)
+    likelihoods = torch.zeros((len(batch), len(answers)), dtype=torch.float64)
     for row, (before, head) in enumerate(batch):
         first = read.index(len(before) - 1)
         log_p = logits[row, first : first + len(head) + 1].cpu().double().log_softmax(-1)
-        for column, answer in enumerate(answered[row]):
-            likelihoods[row, column] = log_p[range(len(answer)), answer].sum()
+        for index in told[row]:
+            likelihoods[row, index] = log_p[range(len(answers[index])), answers[index]].sum()
     return likelihoods
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from kit.console import say
 from kit.errors import UserError, did_you_mean
 from kit.model.alignment import check_positions
-from kit.recipe.models import ModelSection
+from kit.recipe.models import PACKED_ATTENTION, ModelSection
 
 # Most `config.json` on the Hub have these; transformers 5 moves what it knows of them into `rope_parameters`.
 _FORMER_ROPE_NAMES = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
@@ -86,17 +86,20 @@ def check_config(config: PreTrainedConfig, name: str, block_size: int, kind: Kin
 
 
 def attention(section: ModelSection, config: PreTrainedConfig, kind: Kind) -> str | None:
-    """Return the attention kernel to ask for; where None, transformers takes the best that the architecture has.
+    """Return the attention kernel to load with; where None, transformers takes the best that the architecture has.
+
+    What only packed rows go through is put in place later (`kit.model.attention`).
 
     Gemma 2 caps attention scores inside the softmax's argument, which SDPA's fused kernels cannot do: depending on its
     version transformers falls back, fails in the first forward pass, or leaves the cap out without a word.
     """
     check_sdpa(section, config, kind)
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if section.attn_implementation is None and cap is not None:
+    wanted = None if section.attn_implementation in PACKED_ATTENTION else section.attn_implementation
+    if wanted is None and cap is not None:
         say(f"attention: eager, since SDPA cannot cap attention scores (attn_logit_softcapping: {cap:g})")
         return "eager"
-    return section.attn_implementation
+    return wanted
 
 
 def check_sdpa(section: ModelSection, config: PreTrainedConfig, kind: Kind) -> None:

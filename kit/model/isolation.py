@@ -5,40 +5,51 @@ from transformers import PreTrainedModel
 
 from kit.errors import UserError
 
+# Two rows of packed documents with borders at different places, by the lengths of the documents.
+_ROWS = ((8, 8), (3, 6, 7))
+# Given another text, they change no logits but their own.
+_CHANGED = ((0, 0), (1, 1))
+
 
 @torch.no_grad()
-def check_isolation(model: PreTrainedModel, vocab_size: int) -> None:
-    """Check that a packed document does not see the one before it.
+def check_isolation(model: PreTrainedModel, vocab_size: int) -> torch.Tensor:
+    """Check that packed documents do not see those before them, in the layout that training uses.
 
-    Two documents share a row, once with one text and once with another in the first place; the second one's logits
-    must be equal but for rounding. Several architectures ignore restarting positions (OPT, BLOOM).
+    In a batch of two rows the first document of one and the second of the other get another text; the logits of all
+    others must stay equal but for rounding. Several architectures ignore restarting positions (OPT, BLOOM), and
+    flash-attention looks at them in a batch of one row alone.
+
+    Returns:
+        The logits of the batch: (rows, positions, vocabulary).
 
     Raises:
         UserError: the logits differ, or are not finite.
     """
-    half = 8
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(vocab_size, (3, 1, half), generator=generator)
-    position_ids = torch.arange(half).repeat(2)[None].to(device)
+    input_ids, other = torch.randint(vocab_size, (2, len(_ROWS), sum(_ROWS[0])), generator=generator)
+    position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in _ROWS])
+    changed = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, document in _CHANGED:
+        begin = sum(_ROWS[row][:document])
+        changed[row, begin : begin + _ROWS[row][document]] = True
     was_training = model.training
     model.eval()
     try:
-        logits = [
-            model(
-                input_ids=torch.cat([text, second], dim=1).to(device), position_ids=position_ids, use_cache=False
-            ).logits[:, half:]
-            for text in (first, other)
-        ]
+        one, two = (
+            model(input_ids=ids.to(device), position_ids=position_ids.to(device), use_cache=False).logits
+            for ids in (input_ids, torch.where(changed, other, input_ids))
+        )
     except TypeError:
-        logits = None  # a forward without `position_ids`
+        one = None  # a forward without `position_ids`
     finally:
         model.train(was_training)
-    if logits is not None and not all(part.isfinite().all() for part in logits):
+    if one is not None and not all(logits.isfinite().all() for logits in (one, two)):
         raise UserError(f"{type(model).__name__} gives logits that are not finite: its weights hold NaN or infinity")
     # A mixture of experts batches tokens by expert, which alone changes rounding; a leak is orders of magnitude larger.
-    if logits is None or (logits[0] - logits[1]).abs().max() > 1e-5 * logits[0].abs().max():
+    if one is None or (one - two)[~changed].abs().max() > 1e-5 * one.abs().max():
         raise UserError(
             f"{type(model).__name__} lets packed documents see each other; set `data.packing: false`, which gives each "
             f"document a row of its own"
         )
+    return one

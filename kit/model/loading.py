@@ -1,5 +1,6 @@
 """The model: pretrained, from the Hub or a folder, or fresh from a configuration."""
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -234,9 +235,14 @@ def model_key(section: ModelSection, seed: int) -> str:
     if folder.is_dir():
         suffixes = {".safetensors", ".py"} if section.trust_remote_code else {".safetensors"}
         files = sorted(p for p in folder.iterdir() if p.suffix in suffixes or p.name in _CONFIGURATIONS)
-        return hash_values([(p.name, hash_file(p)) for p in files], settings)
+        return hash_values([(p.name, _hash_once(p, (s := p.stat()).st_size, s.st_mtime_ns)) for p in files], settings)
     commit = getattr(load_config(section), "_commit_hash", None)
     return hash_values(section.name_or_path, commit or section.revision, settings)
+
+
+@functools.cache  # of 70 billion parameters it takes minutes, and a run asks at its start and when it has loaded them
+def _hash_once(file: Path, size: int, changed_ns: int) -> str:
+    return hash_file(file)
 
 
 def check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,7 @@
 """In which precision matrices are multiplied, where a recipe leaves that open."""
 
+import platform
+
 import torch
 
 
@@ -19,6 +21,10 @@ def supports_bf16(use_cpu: bool = False) -> tuple[bool, str]:
     if has_accelerator() and not use_cpu:
         return False, f"bf16 is not known to be fast on {torch.accelerator.current_accelerator()}"
     capabilities = torch.backends.cpu.get_cpu_capability()
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        # What torch itself asks before it passes a bf16 product on to oneDNN; without oneDNN (macOS) it is slow.
+        good = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return good, f"the CPU {'has' if good else 'or this build of torch lacks'} Arm's BF16 matrix products"
     for check, unit in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512_BF16")):
         if getattr(torch.cpu, check, lambda: False)():
             return True, f"the CPU has {unit}"

@@ -1,5 +1,6 @@
 """The tokenizer: loaded with the model, or trained on the training documents."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,11 +203,16 @@ def _written_eos(section: ModelSection) -> int | list[int] | None:
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Return a copy of a fast tokenizer's inside that takes every text as it is."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return _plain(tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens)
+
+
+@functools.lru_cache(maxsize=4)  # a run asks for the key of its tokenizer many times
+def _plain(backend_json: str, split_special_tokens: bool) -> Tokenizer:
+    backend = Tokenizer.from_str(backend_json)
     # Limits that a tokenizer file may carry would cut or fill up documents unseen.
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.encode_special_tokens = split_special_tokens
     return backend
 
 

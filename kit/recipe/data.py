@@ -202,8 +202,9 @@ class DataSection(Section):
     """Leave out training documents that share n-grams with an evaluation set; `{}` takes the defaults."""
     block_size: int = Field(default=512, ge=8)
     """Label positions per row, in tokens; at most the positions that the model has."""
-    packing: bool = True
-    """Fill every row with whole and partial documents, isolated from each other; `false` gives each its own row."""
+    packing: bool | Literal["best-fit"] = True
+    """Fill every row with several documents, isolated from each other: `true` cuts wherever a row is full, `best-fit`
+    cuts what is longer than a row, and little else, for at least 99 % full rows; `false` gives each its own row."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """Share of a source's tokens that may be left out of training, unasked, before the run is refused."""
     num_proc: int | None = Field(default=None, ge=1)

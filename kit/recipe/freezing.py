@@ -1,10 +1,12 @@
 """The recipe's `freezing` section: which parameters train, when, and at which rate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from kit.recipe.section import Section, Text, sequence, text_or_mapping
+
+OF_THE_CACHE = ("cache", "cache_gib")
 
 
 class Parts(Section):
@@ -92,6 +94,11 @@ class GroupSection(Section):
         return self
 
 
+def _on_or_off(value: Any) -> Any:
+    """Return the word that YAML has read as a boolean."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 class FreezingSection(Section):
     """Which parameters train, when, and at which rate; without this section all of them."""
 
@@ -107,6 +114,12 @@ class FreezingSection(Section):
     the one below at the rate times its square, the embeddings lowest (Clark et al. 2020, ELECTRA)."""
     groups: sequence(GroupSection) = ()
     """Parts with a learning rate or weight decay of their own; of two that set the same the later one counts."""
+    cache: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
+    """Whether what comes out of the frozen embeddings and first blocks is computed once for each row and kept on the
+    disk: `auto` where that is possible and rows are read again, `on` or an error, `off`."""
+    cache_gib: float = Field(default=20.0, gt=0)
+    """Most room that such caches take in `data.store_dir` together, in GiB; those used longest ago go first. A new one
+    takes at most half of what is free on the disk."""
 
     @property
     def all_trainable(self) -> list[TrainableParts | str]:
@@ -148,7 +161,8 @@ class FreezingSection(Section):
                 )
         if self.schedule and (self.trainable is not None or self.frozen is not None):
             raise ValueError("`schedule` says what trains in each phase: `trainable` and `frozen` do not go with it")
-        if not any(getattr(self, name) not in (None, ()) for name in type(self).model_fields):
+        said = [getattr(self, name) for name in type(self).model_fields if name not in OF_THE_CACHE]
+        if not any(value not in (None, ()) for value in said):
             raise ValueError(
                 "`freezing` says nothing: give `trainable`, `frozen`, `schedule`, `layer_decay` or `groups`"
             )

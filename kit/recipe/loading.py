@@ -166,8 +166,9 @@ def _first(entries: list[Any]) -> str:
 
 def _affecting(recipe: Recipe, processes: int) -> dict[str, Any]:
     sections = {name: value for name, value in _plain(recipe).items() if name != "tracking"}
-    for section in ("data", "run"):
-        kept = {key: value for key, value in sections[section].items() if f"{section}.{key}" not in NOT_FOR_THE_NUMBERS}
+    for section in ("data", "run", "freezing"):
+        values = sections.get(section) or {}
+        kept = {key: value for key, value in values.items() if f"{section}.{key}" not in NOT_FOR_THE_NUMBERS}
         sections[section] = kept
     given = sections.get("training", {})
     # Batches of rows of similar length are cut by the batch size: with another, steps are of other rows.

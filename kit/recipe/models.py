@@ -11,11 +11,14 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from kit.recipe.adapter import AdapterSection
 from kit.recipe.data import DATA_SPLITS, DataSection, Source, ValidationFraction
-from kit.recipe.freezing import FreezingSection
+from kit.recipe.freezing import OF_THE_CACHE, FreezingSection
 from kit.recipe.running import RunSection
 from kit.recipe.section import Section, Text, sequence, text_or_mapping
 from kit.recipe.tracking import TrackingSection
 from kit.recipe.vocabulary import VocabularySection
+
+# Of the attention kernels those that packed rows alone go through.
+PACKED_ATTENTION = ("flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 class TrainedTokenizer(Section):
@@ -47,8 +50,10 @@ class ModelSection(Section):
     """Attributes of the model's configuration to override, such as `attn_pdrop: 0.0`."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision in which the weights are held and trained; `training.bf16` decides how they are multiplied."""
-    attn_implementation: Literal["eager", "sdpa"] | None = None
-    """Attention kernel, under its name in `from_pretrained`; by default the model's own choice."""
+    attn_implementation: Literal["eager", "sdpa", *PACKED_ATTENTION] | None = None
+    """Attention kernel, under its name in `from_pretrained`. FlexAttention and flash-attention are for packed rows in
+    training on GPUs, and keep documents apart without a mask. By default the best of these that can be used there, and
+    for all else the model's own choice."""
     load_in_4bit: bool = False
     """Hold the weights of the linear layers in 4 bits (NF4, as in QLoRA), which only an `adapter` can train beside;
     needs a CUDA device and bitsandbytes."""
@@ -176,6 +181,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _attention_has_packed_rows(self) -> "Recipe":
+        kernel = self.model.attn_implementation
+        if kernel in PACKED_ATTENTION and not getattr(self.data, "packing", False):
+            raise ValueError(
+                f"model.attn_implementation `{kernel}` is for packed rows (`data.packing`), and there are none; leave "
+                f"the key out: SDPA needs no mask for rows of one document"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapter_trains_alone(self) -> "Recipe":
         if self.adapter is None:
             if self.model.load_in_4bit:
@@ -188,7 +203,7 @@ class Recipe(Section):
                 "adapter needs a pretrained model (`model.name_or_path`): it would freeze a fresh one's random weights"
             )
         if self.freezing is not None:
-            for key in sorted(self.freezing.written() - {"trainable"}):
+            for key in sorted(self.freezing.written() - {"trainable", *OF_THE_CACHE}):
                 raise ValueError(
                     f"freezing.{key} does not go with `adapter`, which trains alone, from the first step to the last; "
                     f"only `freezing.trainable.new_tokens` goes with it"

@@ -17,6 +17,8 @@ NOT_FOR_THE_NUMBERS = {
     "run.skip_nonfinite_steps",
     "data.store_dir",
     "data.num_proc",
+    "freezing.cache",
+    "freezing.cache_gib",
 }
 _DATA = "it says what the model and its data are; train another run, from the model of this one if need be"
 _PLACE = "a step would be another place in the epoch, so that rows would be left out or seen twice; keep"

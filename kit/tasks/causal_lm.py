@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kit.data import corpus as corpora
@@ -30,6 +29,7 @@ from kit.errors import UserError
 from kit.evaluation import samples, scorecard
 from kit.evaluation.language_modeling import evaluate_documents
 from kit.model.alignment import align_configuration, check_alignment
+from kit.model.chunked_loss import count_logits_at_once, give_losses
 from kit.model.embeddings import resize_and_initialise
 from kit.model.freezing import check_blocks, check_new_tokens
 from kit.model.isolation import check_isolation
@@ -177,6 +177,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus: Corpu
     """
     model = load_causal_lm(recipe.model, tokenizer, seed)
     check_alignment(model, tokenizer, recipe.data.block_size)
+    give_losses(model)
     if recipe.data.packing:
         check_isolation(model, len(tokenizer))
     return model
@@ -207,20 +208,14 @@ def loss_sum(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], args: Tr
     """Return the sum of -ln p over the label positions of a batch, in nats: scalar with gradient.
 
     Args:
-        model: the causal LM, wrapped for several processes where there are several.
+        model: the causal LM that gives losses, wrapped for several processes where there are several.
         batch: `input_ids`, `shift_labels` and, where rows are packed, `position_ids`: int64 (rows, positions).
         args: `label_smoothing_factor` is honoured.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "shift_labels"}
     # With a cache transformers no longer tells packed documents apart, whatever the configuration says: never one.
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    return F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)),
-        batch["shift_labels"].flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        label_smoothing=args.label_smoothing_factor,
-    )
+    smoothing = {"label_smoothing": args.label_smoothing_factor}
+    return model(**inputs, shift_labels=batch["shift_labels"], **smoothing, use_cache=False).loss
 
 
 def largest_batch(corpus: Corpus, recipe: Recipe, args: TrainingArguments) -> dict[str, torch.Tensor]:
@@ -231,8 +226,8 @@ def largest_batch(corpus: Corpus, recipe: Recipe, args: TrainingArguments) -> di
 
 
 def count_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> int:
-    """Return how many logits a micro-batch has."""
-    return batch["input_ids"].numel() * model.config.get_text_config().vocab_size
+    """Return how many logits of a micro-batch exist at a time."""
+    return count_logits_at_once(model, batch["input_ids"].numel())
 
 
 def describe_steps(corpus: Corpus, recipe: Recipe, rows_per_step: int, epochs: float) -> tuple[str, str]:

@@ -220,7 +220,7 @@ def largest_batch(
 
 
 def count_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> int:
-    """Return how many logits a micro-batch has."""
+    """Return how many logits of a micro-batch exist at a time."""
     return len(batch["input_ids"]) * model.config.num_labels
 
 

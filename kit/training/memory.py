@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
 from kit.errors import UserError, is_out_of_memory
+from kit.model.activations import fuse_activations
 from kit.model.adapter import insert_alike
+from kit.model.chunked_loss import give_losses, gives_losses
 from kit.model.new_rows import is_new_rows, new_row_ids, train_new_rows
 from kit.recipe.models import Recipe
 
@@ -50,8 +52,8 @@ def estimate_memory(
         "gradients": trainable,
         f"optimizer ({args.optim.value})": optimizer_bytes(model, args),
         "activations": activations,
-        # The gradient of the logits, in float32 and in the precision that they were computed in.
-        "gradient of logits": task.count_logits(model, batch) * (6 if args.bf16 or args.fp16 else 4),
+        # In the precision that they are computed in, their logarithms in float32 and, in its place, their gradient.
+        "logits": task.count_logits(model, batch) * 8,
     }
 
 
@@ -86,6 +88,9 @@ def _saved_for_backward(
             train_new_rows(twin, ids)
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
+        if gives_losses(model):
+            give_losses(twin, like=model)
+        fuse_activations(twin)
         twin.train()
         if args.gradient_checkpointing:
             _enable_checkpointing(twin, dict(args.gradient_checkpointing_kwargs or {}))

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from kit.model.parts import transformer_blocks
 from kit.training.freezing import FreezingPlan, part_labels
 from kit.training.parameter_groups import FIRST_PHASE, MEMBERS, phase_at
 
@@ -34,7 +36,7 @@ def peak_flops(device_name: str) -> float | None:
     return found and found * 1e12
 
 
-def flops_per_token(model: PreTrainedModel, length: int) -> float | None:
+def flops_per_token(model: PreTrainedModel, length: int, skipped_blocks: int = 0) -> float | None:
     """Return the operations that a token of a training step needs, as PaLM counts them (Chowdhery et al., appendix B).
 
     A matrix of n weights takes 2 n for the output, 2 n for the gradient of its input and 2 n for its own; attention
@@ -45,10 +47,13 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float | None:
     Args:
         model: as it trains now.
         length: positions of a row.
+        skipped_blocks: so many of the first blocks compute nothing.
 
     Returns:
         None for a model with experts or convolutions, of which not everything takes part in every token.
     """
+    blocks = transformer_blocks(model)[:skipped_blocks] if skipped_blocks else ()
+    skipped = {module for block in blocks for module in block.modules()}
     matrices = total = below = 0
     reached = False  # by gradients, coming from the head
     for module in model.modules():
@@ -59,14 +64,15 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float | None:
             weights = module.nx * module.nf if isinstance(module, Conv1D) else module.in_features * module.out_features
             matrices += weights
             below += weights * reached
-            total += weights * (2 + 2 * reached + 2 * module.weight.requires_grad)
+            total += weights * (2 + 2 * reached + 2 * module.weight.requires_grad) * (module not in skipped)
         reached = reached or any(parameter.requires_grad for parameter in own)
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = min(length, getattr(config, "sliding_window", None) or length)
-    positions = sum({"full_attention": length, "sliding_attention": window}.get(kind, 0) for kind in kinds)
+    positions = [{"full_attention": length, "sliding_attention": window}.get(kind, 0) for kind in kinds]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return total + 4 * positions * config.num_attention_heads * head_dim * (1 + 2 * below / max(matrices, 1))
+    passes = sum(positions[skipped_blocks:]) + sum(positions) * 2 * below / max(matrices, 1)
+    return total + 4 * passes * config.num_attention_heads * head_dim
 
 
 class Throughput(TrainerCallback):
@@ -77,20 +83,24 @@ class Throughput(TrainerCallback):
         length: positions of the rows of the last step.
     """
 
-    def __init__(self, plan: FreezingPlan | None = None, peak: float | None = None) -> None:
+    def __init__(
+        self, plan: FreezingPlan | None = None, peak: float | None = None, served: Callable[[], int] = lambda: 0
+    ) -> None:
         """Measure a run.
 
         Args:
             plan: of `freezing`, if the recipe has one.
             peak: of a device in FLOP/s, where the recipe gives one; else by the device's name.
+            served: micro-batches that have skipped a part of the model so far.
         """
-        self.plan, self.peak = plan, peak
+        self.plan, self.peak, self._served = plan, peak, served
         self.tokens_seen = torch.tensor(0)
         self.length = 0
         self.rates: dict[str, float] = {}
         self._names: list[str] = []
         self._model: PreTrainedModel | None = None
         self._clock = (0.0, 0.0)
+        self._served_then = 0
         self._began = (0, 0.0)
 
     def on_train_begin(
@@ -142,11 +152,12 @@ class Throughput(TrainerCallback):
         # The table's peaks are those of 16 bits.
         if peak is None and args.device.type == "cuda" and (args.bf16 or args.fp16):
             peak = peak_flops(torch.cuda.get_device_name())
-        flops = flops_per_token(self._model, self.length) if peak else None
+        # Of tokens of which some skipped a part of the model, nobody else's share could be compared with this one.
+        flops = flops_per_token(self._model, self.length) if peak and self._served() == self._served_then else None
         return {"mfu": speed * flops / peak} if flops else {}
 
     def _start_clock(self) -> None:
-        self._clock = (int(self.tokens_seen), time.monotonic())
+        self._clock, self._served_then = (int(self.tokens_seen), time.monotonic()), self._served()
 
 
 def _group_names(model: PreTrainedModel, optimizer: Any, plan: FreezingPlan | None) -> list[str]:

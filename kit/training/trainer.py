@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from kit.training.freezing import FreezingPlan
 from kit.training.nonfinite import NameRows, advice, suspects_by_gradient, suspects_by_loss, tell_suspects
 from kit.training.parameter_groups import check_takes_groups, with_rewarmup
 from kit.training.preemption import Preempted, Preemption
+from kit.training.prefix_cache import PrefixCache
+from kit.training.prefix_rows import CollateNamed
 from kit.training.sharding import prepare_sharding
 from kit.training.throughput import Throughput
 from kit.training.topology import any_process, on_any_process, sum_over_processes
@@ -43,6 +46,7 @@ class KitTrainer(CheckpointingTrainer):
         fingerprints: of recipe and data, stored with each checkpoint.
         plan: of `freezing`, if the recipe has one.
         adapter: in the model, if it has one.
+        prefix: keeps what leaves the frozen bottom of the model, if there is such a cache.
         throughput: what counts tokens and measures speed.
         name_rows: tells in words of some rows which documents lie in them, and how many these are.
         save_minutes: of the recipe's `run`.
@@ -59,6 +63,7 @@ class KitTrainer(CheckpointingTrainer):
         fingerprints: dict[str, str],
         plan: FreezingPlan | None = None,
         adapter: Adapter | None = None,
+        prefix: PrefixCache | None = None,
         throughput: Throughput | None = None,
         name_rows: NameRows,
         save_minutes: float | None = None,
@@ -74,8 +79,11 @@ class KitTrainer(CheckpointingTrainer):
         # taken back, since transformers would save and load the adapter alone, without new tokens.
         model = kwargs["model"]
         model._hf_peft_config_loaded = adapter is not None
+        forward = vars(model).get("forward")
         super().__init__(*args, **kwargs)
         del model._hf_peft_config_loaded
+        if forward is not None:  # Liger Kernel has put its own in the place of the one that gives the kit's losses
+            model.forward = forward
         prepare_sharding(self.accelerator, self.model)
         self.task = task
         self.batches = batches
@@ -84,6 +92,7 @@ class KitTrainer(CheckpointingTrainer):
         self.fingerprints = fingerprints
         self.plan = plan
         self.adapter = adapter
+        self.prefix = prefix
         # `compute_loss` normalises over the whole global batch, so nothing is left to divide: this says so to
         # transformers 5.23, and the next line to versions before it.
         self.loss_is_scaled_for_ga = True
@@ -111,7 +120,7 @@ class KitTrainer(CheckpointingTrainer):
         return _EpochLoader(
             self.train_dataset,
             batch_sampler=self.batches(self.args),
-            collate_fn=self.data_collator,
+            collate_fn=CollateNamed(self.data_collator) if self.prefix else self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
@@ -183,7 +192,8 @@ class KitTrainer(CheckpointingTrainer):
         gradient grows with accumulation and processes (transformers#47688). DDP averages gradients over processes,
         hence the factor.
         """
-        loss = self.task.loss_sum(model, inputs, self.args) / num_items_in_batch * self.args.world_size
+        with self.prefix.training(inputs) if self.prefix else nullcontext():
+            loss = self.task.loss_sum(model, inputs, self.args) / num_items_in_batch * self.args.world_size
         self._losses.append(loss.detach())
         if self._moves_in_backward and any_process(~loss.isfinite(), self.args.device):
             self._meet_nonfinite("loss")

@@ -5,22 +5,34 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from kit.data.blocks import IGNORE_INDEX, CollateRows, TokenRows, TrainPart, select_blocks
+from kit.data.packing import lay_out
 
 EOS = 0
 BLOCK_SIZES = (1, 2, 3, 8, 13, 64)
 
 
-def all_blocks(store, block_size, documents=None):
+def all_blocks(store, block_size, documents=None, packing=True):
     """A part that reads all of its documents once."""
     documents = np.arange(store.num_documents) if documents is None else np.array(documents)
-    tokens = int((store.offsets[documents + 1] - store.offsets[documents]).sum())
-    return TrainPart(store, documents, np.arange(-(-tokens // block_size)), block_size)
+    layout = lay_out(store.lengths(documents), block_size, packing)
+    return TrainPart(store, documents, layout, np.arange(len(layout.sizes)), block_size)
+
+
+def block_sizes(tokens, block_size):
+    """Tokens in the blocks of a chain of so many."""
+    return np.minimum(block_size, tokens - np.arange(0, tokens, block_size))
+
+
+def select(tokens, weights, block_size, seed, replay=((), 0.0)):
+    sizes, replayed = ([block_sizes(n, block_size) for n in each] for each in (tokens, replay[0]))
+    return select_blocks(sizes, weights, seed, (replayed, replay[1]))
 
 
 def chain(part, context):
@@ -80,8 +92,10 @@ def test_positions_count_from_the_start_of_each_document_piece(make_store, packi
             for _, target in pairs_of(rows[i]):
                 expected.append(position)
                 position = 0 if target == EOS else position + 1
+            # Padding goes on as if it belonged to the last piece.
+            first = expected[-1] + 1
             padding = len(rows[i]["position_ids"]) - len(expected)
-            assert rows[i]["position_ids"].tolist() == expected + [0] * padding
+            assert rows[i]["position_ids"].tolist() == [*expected, *range(first, first + padding)]
 
 
 def test_single_rows_are_cut_at_the_same_places_as_packed_ones(make_store):
@@ -119,7 +133,7 @@ def test_only_the_chosen_blocks_are_read_packed_or_not(make_store):
     blocks = np.array([3, 0, 3, 9])  # repeated, shuffled, and the last one, which is not full
     expected = [pair for block in blocks for pair in full[block * 8 : block * 8 + 8]]
     assert len(full[72:]) == 2
-    part = TrainPart(store, np.arange(7), blocks, 8)
+    part = replace(all_blocks(store, 8), blocks=blocks)
     for packing in (True, False):
         rows = TokenRows([part], packing, 1, 2)
         assert [pair for i in range(len(rows)) for pair in pairs_of(rows[i])] == expected
@@ -180,7 +194,7 @@ def tokens_in(blocks, tokens, block_size):
 
 
 def test_sources_without_weight_are_read_once_in_order():
-    assert [b.tolist() for b in select_blocks([17, 8, 1], [None, None, None], 8, 0)] == [[0, 1, 2], [0], [0]]
+    assert [b.tolist() for b in select([17, 8, 1], [None, None, None], 8, 0)] == [[0, 1, 2], [0], [0]]
 
 
 def test_a_weight_is_a_share_of_the_tokens_within_one_block():
@@ -190,7 +204,7 @@ def test_a_weight_is_a_share_of_the_tokens_within_one_block():
         block_size = rng.choice([8, 64, 512])
         tokens = [rng.choice([1, block_size - 1, block_size + 1, rng.randint(1, 100 * block_size)]) for _ in range(3)]
         weight = rng.uniform(0.01, 0.9)
-        chosen = select_blocks(tokens, [None, weight, None], block_size, seed)
+        chosen = select(tokens, [None, weight, None], block_size, seed)
         free, trained = tokens[0] + tokens[2], tokens_in(chosen[1], tokens[1], block_size)
         # Half a block is the nearest that whole blocks come; but the least is one block.
         bound = block_size / 2 if len(chosen[1]) > 1 else block_size
@@ -199,13 +213,13 @@ def test_a_weight_is_a_share_of_the_tokens_within_one_block():
 
 def test_where_all_have_weights_the_epoch_is_as_long_as_all_sources():
     tokens, weights = [10_000, 500, 3_001], [0.2, 0.3, 0.5]
-    chosen = select_blocks(tokens, weights, 16, 3)
+    chosen = select(tokens, weights, 16, 3)
     for blocks, n, weight in zip(chosen, tokens, weights, strict=True):
         assert abs(tokens_in(blocks, n, 16) - weight * sum(tokens)) <= 16
 
 
 def test_blocks_are_repeated_evenly_and_dropped_without_repeats():
-    chosen = select_blocks([1_000, 250, 8_000], [None, 0.6, 0.2], 8, 5)
+    chosen = select([1_000, 250, 8_000], [None, 0.6, 0.2], 8, 5)
     times = np.bincount(chosen[1])
     assert len(times) == -(-250 // 8)
     assert times.max() - times.min() <= 1
@@ -215,12 +229,12 @@ def test_blocks_are_repeated_evenly_and_dropped_without_repeats():
 
 
 def test_a_source_with_little_weight_gives_at_least_one_block():
-    assert len(select_blocks([100, 10_000], [None, 1e-6], 8, 0)[1]) == 1
+    assert len(select([100, 10_000], [None, 1e-6], 8, 0)[1]) == 1
 
 
 def test_the_choice_depends_on_the_seed_alone():
     def choose(seed):
-        return [b.tolist() for b in select_blocks([100, 5_000, 5_000], [None, 0.3, 0.3], 8, seed)]
+        return [b.tolist() for b in select([100, 5_000, 5_000], [None, 0.3, 0.3], 8, seed)]
 
     assert choose(1) == choose(1)
     assert choose(1) != choose(2)
@@ -236,7 +250,7 @@ def test_replay_has_its_share_together_within_a_block():
         weights = rng.choice([[None] * len(train), [None, *[0.1] * (len(train) - 1)]])
         replayed = [rng.choice([1, block_size + 1, rng.randint(1, 50 * block_size)]) for _ in range(rng.randint(1, 9))]
         share = rng.uniform(0.01, 0.7)
-        chosen = select_blocks(train, weights, block_size, seed, (replayed, share))
+        chosen = select(train, weights, block_size, seed, (replayed, share))
         trained = [tokens_in(b, n, block_size) for b, n in zip(chosen, train + replayed, strict=True)]
         drawn = trained[len(train) :]
         assert abs(sum(drawn) - share * sum(trained)) <= block_size
@@ -245,7 +259,7 @@ def test_replay_has_its_share_together_within_a_block():
 
 
 def test_where_all_have_weights_replay_makes_up_the_rest():
-    chosen = select_blocks([1_000, 9_000], [0.3, 0.3], 16, 0, ([3_000, 500], 0.4))
+    chosen = select([1_000, 9_000], [0.3, 0.3], 16, 0, ([3_000, 500], 0.4))
     tokens = [tokens_in(b, n, 16) for b, n in zip(chosen, [1_000, 9_000, 3_000, 500], strict=True)]
     total = 1_000 + 9_000 + 3_000 + 500
     for got, wanted in zip([*tokens[:2], sum(tokens[2:])], [0.3, 0.3, 0.4], strict=True):
@@ -256,9 +270,9 @@ def test_where_all_have_weights_replay_makes_up_the_rest():
 def test_a_source_of_which_no_block_is_drawn_has_no_rows(make_store, packing):
     """A share that is less than half a block in one of its sources."""
     stores = [make_store([30, 30], 100), make_store([3], 200), make_store([39], 300)]
-    chosen = select_blocks([62], [None], 8, 0, ([4, 40], 0.1))
+    chosen = select([62], [None], 8, 0, ([4, 40], 0.1))
     assert [len(blocks) for blocks in chosen] == [8, 0, 1]
-    parts = [TrainPart(store, np.arange(store.num_documents), b, 8) for store, b in zip(stores, chosen, strict=True)]
+    parts = [replace(all_blocks(store, 8), blocks=blocks) for store, blocks in zip(stores, chosen, strict=True)]
     rows = TokenRows(parts, packing, 1, 2)
     targets = [target for i in range(len(rows)) for _, target in pairs_of(rows[i])]
     assert targets[:62] == [t for d in (range(100, 130), range(130, 160)) for t in (*d, EOS)]

@@ -9,10 +9,11 @@ import pytest
 from kit.data.blocks import IGNORE_INDEX, TokenRows, TrainPart, select_blocks
 from kit.data.cleaning import ALSO_EVALUATED, EXACT_DUPLICATE, NEAR_DUPLICATE, OVERLAP, Cleaned
 from kit.data.ledger import LedgerRow, account, check_dropped, enter_shares, ledger_as_json, print_ledger
+from kit.data.packing import lay_out
 from kit.errors import UserError
 
 
-def random_parts(rng, make_store, block_size):
+def random_parts(rng, make_store, block_size, packing):
     """Sources of ragged documents, some with a weight; some documents do not train."""
     weights = rng.choice([[None], [None, None], [None, 0.4], [0.9, 0.1], [None, 0.05, 0.7]])
     stores = [
@@ -20,17 +21,23 @@ def random_parts(rng, make_store, block_size):
         for i in range(len(weights))
     ]
     documents = [np.array(sorted(rng.sample(range(s.num_documents), rng.randint(1, s.num_documents)))) for s in stores]
-    tokens = [int((s.offsets[d + 1] - s.offsets[d]).sum()) for s, d in zip(stores, documents, strict=True)]
-    blocks = select_blocks(tokens, weights, block_size, seed=rng.randint(0, 9))
-    return [TrainPart(*part, block_size) for part in zip(stores, documents, blocks, strict=True)]
+    layouts = [lay_out(s.lengths(d), block_size, packing) for s, d in zip(stores, documents, strict=True)]
+    blocks = select_blocks([layout.sizes for layout in layouts], weights, seed=rng.randint(0, 9))
+    return [TrainPart(*part, block_size) for part in zip(stores, documents, layouts, blocks, strict=True)]
 
 
-@pytest.mark.parametrize("packing", [True, False])
+def pieces_of(part):
+    """Number of pieces of each document, told by where each of the layout's pieces begins."""
+    owner = np.repeat(np.arange(len(part.documents)), part.store.lengths(part.documents))
+    return Counter(owner[start] for start, _ in part.layout.pieces.tolist())
+
+
+@pytest.mark.parametrize("packing", [True, "best-fit", False])
 def test_it_says_what_the_rows_hold(make_store, packing):
     rng = random.Random(1)
     for _ in range(60):
         block_size = rng.choice([2, 8, 16])
-        for part in random_parts(rng, make_store, block_size):
+        for part in random_parts(rng, make_store, block_size, packing):
             rows = TokenRows([part], packing, context_token_id=1, pad_token_id=2)
             labels = np.concatenate([rows[i]["shift_labels"] for i in range(len(rows))])
             inputs = np.concatenate([rows[i]["input_ids"] for i in range(len(rows))])
@@ -47,6 +54,7 @@ def test_it_says_what_the_rows_hold(make_store, packing):
             assert row.trained == is_target.sum()
             assert row.padding == (~is_target).sum()
             assert row.context == 0
+            assert row.cut == sum(n > 1 for n in pieces_of(part).values())
             assert row.read + row.repeated == row.trained + row.context + row.total_dropped
             assert row.repeated == sum(n - 1 for n in times.values())
             assert row.dropped.get("beyond its share", 0) == part.num_tokens - len(times)
@@ -55,7 +63,7 @@ def test_it_says_what_the_rows_hold(make_store, packing):
 
 def test_causes_without_tokens_are_not_listed(make_store):
     store = make_store([10, 20])
-    part = TrainPart(store, np.arange(2), np.arange(4), 8)
+    part = TrainPart(store, np.arange(2), lay_out(np.array([11, 21]), 8, True), np.arange(4), 8)
     row = account(part, True, Cleaned(store, np.arange(2)), np.arange(2), 0)
     assert (row.documents, row.held_out, row.read) == (2, 0, 32)
     assert row.dropped == row.dropped_documents == {}
@@ -63,7 +71,7 @@ def test_causes_without_tokens_are_not_listed(make_store):
 
 def test_an_account_that_does_not_add_up_is_no_account(make_store):
     store = make_store([10, 20, 5])
-    part = TrainPart(store, np.arange(2), np.arange(4), 8)
+    part = TrainPart(store, np.arange(2), lay_out(np.array([11, 21]), 8, True), np.arange(4), 8)
     with pytest.raises(AssertionError, match="does not add up"):
         account(part, True, Cleaned(store, np.arange(2)), np.arange(3), 0)
 
@@ -75,7 +83,7 @@ def row(read=1000, **dropped):
     }  # fmt: skip
     causes = {names[cause]: tokens for cause, tokens in dropped.items()}
     trained = read - sum(dropped.values())
-    return LedgerRow("source.txt", 10, 1, {}, read, 0, trained, 0, 3, causes)
+    return LedgerRow("source.txt", 10, 1, {}, read, 0, trained, 0, 3, 2, causes)
 
 
 def test_dropping_more_than_allowed_is_refused_with_the_numbers():
@@ -138,9 +146,9 @@ def test_everything_that_was_left_out_is_told_with_an_example(capsys):
     full.dropped_documents = {cause: {"documents": 2, "examples": [example]} for cause, example in examples.items()}
     full.left_out = {"empty": {"documents": 4, "examples": ["a.txt:3"]}}
     full.stopped = True
-    small = LedgerRow("small.txt", 10, 1, {}, 100, 400, 500, 0, 3, share=0.3, wanted_share=0.25)
+    small = LedgerRow("small.txt", 10, 1, {}, 100, 400, 500, 0, 3, 2, share=0.3, wanted_share=0.25)
     replay = [
-        LedgerRow(f"r{i}", 10, 1, {}, 90, 0, 90, 0, 3, share=0.05, wanted_share=0.2, is_replay=True) for i in "12"
+        LedgerRow(f"r{i}", 10, 1, {}, 90, 0, 90, 0, 3, 2, share=0.05, wanted_share=0.2, is_replay=True) for i in "12"
     ]
     print_ledger([full, small, *replay])
     lines = capsys.readouterr().out.splitlines()

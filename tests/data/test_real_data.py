@@ -231,3 +231,18 @@ def test_tinyshakespeare_lines(tmp_path):
     assert row.left_out["shorter than min_characters"]["documents"] == len(short)
     assert row.left_out["empty"]["documents"] == lines.count("")
     assert row.trained == size({line for line in lines if len(line) >= 10})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [SMS, {"path": str(DATA / "tinyshakespeare" / "input.txt"), "sample_by": "paragraph"}],
+    ids=["sms", "tinyshakespeare"],
+)
+def test_best_fit_fills_rows_and_cuts_only_what_is_longer_than_one(tmp_path, source):
+    corpus, row = ledger_of(tmp_path, source, packing="best-fit")
+    [part] = corpus.rows.parts
+    assert row.padding <= 0.01 * 512 * len(corpus.rows)
+    assert row.cut == (part.store.lengths(part.documents) > 512).sum()
+    _, as_chain = ledger_of(tmp_path, source)
+    assert (as_chain.read, as_chain.trained) == (row.read, row.trained)
+    assert as_chain.cut > 2 * row.cut

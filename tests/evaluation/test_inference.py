@@ -35,6 +35,17 @@ def test_mode_and_forward_are_given_back_after_a_mistake(training):
     assert model.forward is rounding
 
 
+def test_nothing_is_measured_in_tf32_and_training_goes_on_in_it():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with inference(torch.nn.Linear(2, 2)):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def _look_and_fail(model):
     with inference(model):
         assert not model.training

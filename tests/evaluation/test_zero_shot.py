@@ -73,6 +73,21 @@ def test_labels_of_one_token_take_one_pass(max_positions, tokenizer):
     assert found == pytest.approx(plain(asked, tokenizer, [f"Words: {t} What?" for t in TEXTS], names), abs=1e-4)
 
 
+def test_labels_that_begin_alike_share_a_row(tokenizer):
+    """A label of one token needs no row of its own, nor does one whose tokens another one's begin with."""
+    one, *_ = single_tokens(tokenizer)
+    names = [one, f"{one} of documents", f"{one} of", "a corpus"]
+    tokens = [tokenizer(" " + name)["input_ids"] for name in names]
+    assert tokens[1][: len(tokens[2])] == tokens[2]
+    assert len(tokens[0]) == 1 < len(tokens[3])
+    asked, calls = model().eval(), []
+    asked.register_forward_pre_hook(lambda _, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    found = ask(asked, tokenizer, names=names, prompt="Words: {text} What?")
+    assert sum(calls) == 2 * len(TEXTS)
+    asked._forward_pre_hooks.clear()
+    assert found == pytest.approx(plain(asked, tokenizer, [f"Words: {t} What?" for t in TEXTS], names), abs=1e-4)
+
+
 def test_words_stand_for_labels(tokenizer):
     asked = model().eval()
     found = ask(asked, tokenizer, names=["0", "1"], words=["0", "yes indeed"], prompt="{text}\nGood?")

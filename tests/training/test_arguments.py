@@ -123,6 +123,7 @@ def test_precision_of_the_recipe(make, training, bf16, words):
 @pytest.mark.parametrize("unit", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
 @pytest.mark.parametrize("has_it", [True, False])
 def test_precision_of_the_machine(make, monkeypatch, unit, has_it):
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, unit, lambda: has_it, raising=False)
@@ -132,10 +133,22 @@ def test_precision_of_the_machine(make, monkeypatch, unit, has_it):
     assert line.startswith("bf16 (the CPU has " if has_it else "fp32 (the CPU")
 
 
+@pytest.mark.parametrize(("instructions", "library"), [(True, True), (False, True), (True, False)])
+def test_precision_of_an_arm_machine(make, monkeypatch, instructions, library):
+    """Instructions that no library uses multiply nothing: torch for macOS has no oneDNN."""
+    monkeypatch.setattr(precision.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions)
+    args, line = make({"use_cpu": True})
+    assert args.bf16 is (instructions and library)
+    assert "Arm's BF16 matrix products" in line
+
+
 def test_use_cpu_asks_the_cpu_although_there_is_a_gpu(make, monkeypatch):
     """On a GPU machine the GPU's abilities would decide for a run that does not touch it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: pytest.fail("asked the GPU"))
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert precision.supports_bf16(use_cpu=True) == (True, "the CPU has AMX")
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kit.data.packing import lay_out
 from tests.harness import run_kit
 from tests.material import documents
 
@@ -70,7 +71,8 @@ def expected(tiny_models):
     def work_out(architecture, packing):
         if (architecture, packing) not in known:
             model = AutoModelForCausalLM.from_pretrained(tiny_models(architecture), dtype=torch.float64)
-            pieces = cut_documents(AutoTokenizer.from_pretrained(tiny_models(architecture)))
+            tokenizer = AutoTokenizer.from_pretrained(tiny_models(architecture))
+            pieces = fitted_documents(tokenizer) if packing == "best-fit" else cut_documents(tokenizer)
             row_of = [block if packing else index for index, (block, _) in enumerate(pieces)]
             order = np.random.default_rng([42, 0]).permutation(max(row_of) + 1)
             chosen = [chain for row, (_, chain) in zip(row_of, pieces, strict=True) if row in order[GLOBAL_BATCH:]]
@@ -101,6 +103,21 @@ def cut_documents(tokenizer):
     return pieces
 
 
+def fitted_documents(tokenizer):
+    """Return (block, tokens) of each piece of the kit's best-fit layout; a piece begins with the token before it."""
+    eos = tokenizer.eos_token_id
+    ids = [[*tokenizer(text)["input_ids"], eos] for text in DOCUMENTS]
+    layout = lay_out(np.array([len(each) for each in ids]), BLOCK_SIZE, "best-fit")
+    starts = np.cumsum([0, *(len(each) for each in ids)])
+    block_of = np.repeat(np.arange(len(layout.blocks) - 1), np.diff(layout.blocks))
+    pieces = []
+    for block, (begin, end) in zip(block_of.tolist(), layout.pieces.tolist(), strict=True):
+        document = int(np.searchsorted(starts, begin, side="right")) - 1
+        chain, first = [eos, *ids[document]], begin - int(starts[document])
+        pieces.append((block, torch.tensor(chain[first : first + end - begin + 1])))
+    return pieces
+
+
 def largest_error(found, wanted):
     """Return the largest relative error over all tensors, and require that all are there."""
     assert found.keys() == wanted.keys()
@@ -116,6 +133,39 @@ CASES = [("gpt2", True), ("gpt2", False), ("llama", True)]
 def test_gradient_is_that_of_one_big_batch(gradient, expected, architecture, packing, setting):
     error = largest_error(gradient(architecture, packing, setting), expected(architecture, packing))
     assert error < TOLERANCE
+
+
+# ---- the same with each way to do less work
+
+
+def _in_chunks_of_seven():
+    from kit.model import chunked_loss
+
+    chunked_loss._CHUNK_BYTES = 7 * 4 * 320
+
+
+def _with_whole_logits():
+    from kit.model import chunked_loss
+    from kit.tasks import causal_lm
+
+    def give_losses(model):
+        chunked_loss.give_losses(model)
+        chunked_loss.compute_whole_logits(model)
+
+    causal_lm.give_losses = give_losses
+
+
+@pytest.mark.parametrize("setting", ["16x1", "4x4", "2p 2x4"])
+@pytest.mark.parametrize("change", [_in_chunks_of_seven, _with_whole_logits])
+@pytest.mark.parametrize(("architecture", "packing"), CASES)
+def test_in_chunks_or_with_whole_logits(gradient, expected, architecture, packing, change, setting):
+    error = largest_error(gradient(architecture, packing, setting, change), expected(architecture, packing))
+    assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("setting", ["16x1", "4x4", "2p 4x2"])
+def test_packed_by_best_fit(gradient, expected, setting):
+    assert largest_error(gradient("gpt2", "best-fit", setting), expected("gpt2", "best-fit")) < TOLERANCE
 
 
 # ---- mutations: each breaks the kit in a well-known way; the tests above must turn red

@@ -11,12 +11,14 @@ from transformers import TrainingArguments
 from kit import run, stages
 from kit.check import check
 from kit.errors import UserError
+from kit.model.activations import fuse_activations
+from kit.model.chunked_loss import give_losses
 from kit.model.new_rows import train_new_rows
 from kit.recipe.loading import load_recipe
 from kit.tasks import causal_lm
 from kit.training.memory import estimate_memory
+from tests import material
 from tests.harness import run_kit
-from tests.material import make_model
 
 BLOCK_SIZE, BATCH = 64, 3
 
@@ -27,6 +29,13 @@ def packed_batch():
     positions = torch.stack([torch.cat([torch.arange(n), torch.arange(BLOCK_SIZE - n)]) for n in (10, 20, 33)])
     ids, labels = torch.randint(320, (2, BATCH, BLOCK_SIZE), generator=generator)
     return {"input_ids": ids, "shift_labels": labels, "position_ids": positions}
+
+
+def make_model(*args, **config):
+    model = material.make_model(*args, **config)
+    give_losses(model)
+    fuse_activations(model)
+    return model
 
 
 def arguments(tmp_path, **changes):

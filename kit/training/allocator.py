@@ -1,0 +1,19 @@
+"""On CPUs: the memory that a step frees stays with the process."""
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed for what comes next, and return whether it does.
+
+    By default it maps each tensor of more than 32 MiB anew and gives it back to the kernel when it goes, which then
+    zeroes gigabytes of pages in every step of training: about a tenth of a step of GPT-2 124M on two cores.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, _NEVER))
