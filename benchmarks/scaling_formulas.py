@@ -193,12 +193,10 @@ def block_per_token(shape: Shape, length: int, bf16: bool, lora: bool = False) -
 
 def positions_of_chunk(shape: Shape, tokens: int) -> int:
     """Return how many positions' logits the kit holds at a time."""
-    return min(tokens, 2**25 // shape.vocabulary)
+    return min(tokens, 2**24 // shape.vocabulary)
 
 
-def training_memory(
-    shape: Shape, strategy: Strategy, rows: int = 1, length: int = 2048
-) -> dict[str, float]:
+def training_memory(shape: Shape, strategy: Strategy, rows: int = 1, length: int = 2048) -> dict[str, float]:
     """Return the bytes that a GPU holds at most while training, by use: see docs/scaling.md for each.
 
     Args:

@@ -50,7 +50,7 @@ def test_the_tables_are_those_of_the_formulas():
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize(
     ("number", "checkpointing", "tolerance"),
-    [(0, False, 0.003), (2, False, 0.003), (3, False, 0.06), (4, False, 0.03), (1, True, 0.06)],
+    [(0, False, 0.003), (2, False, 0.003), (3, False, 0.06), (4, False, 0.035), (1, True, 0.06)],
 )
 def test_formulas_agree_with_what_the_kit_counts(family, number, checkpointing, tolerance):
     scaling = importlib.import_module("scaling")

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 
 def decide(probabilities: np.ndarray, multi: bool, thresholds: np.ndarray | None = None) -> np.ndarray:
@@ -84,6 +83,8 @@ def per_class_figures(
         names: of the classes.
         multi: whether a row has any number of labels.
     """
+    from sklearn.metrics import precision_recall_fscore_support  # a second, which a causal LM's run is spared
+
     columns = precision_recall_fscore_support(labels, predicted, labels=np.arange(len(names)), zero_division=0)
     kinds = {"precision": float, "recall": float, "f1": float, "support": int}
     return {
@@ -99,4 +100,6 @@ def absent_classes(per_class: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str], multi: bool) -> list[list[int]] | None:
     """Return how often class i was predicted to be class j, (classes, classes); None with `multi`."""
+    from sklearn.metrics import confusion_matrix
+
     return None if multi else confusion_matrix(labels, predicted, labels=np.arange(len(names))).tolist()

@@ -9,7 +9,6 @@ and what an architecture does to its logits (soft-capping, scaling) are all in i
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -25,7 +25,7 @@ from kit.console import say
 from kit.model.liger_loss import faster, liger_loss, note_head
 
 _IGNORED = -100  # of torch's cross-entropy
-_CHUNK_BYTES = 2**27  # of a chunk's logits in float32: 667 positions of GPT-2's vocabulary
+_CHUNK_BYTES = 2**26  # of a chunk's logits in float32: 333 positions of GPT-2's vocabulary
 _BASE = "_losses_from"  # attribute: the module whose output the head takes
 
 
@@ -136,23 +136,32 @@ def _losses(
     later = torch.is_autocast_enabled(hidden.device.type) and torch.get_autocast_dtype(hidden.device.type) is torch.half
 
     def own(hidden: torch.Tensor) -> torch.Tensor:
-        parameters = _leaves(head(hidden[:1].detach()))
+        parameters = _parameters(head(hidden[:1].detach()))
         return _ChunkedLoss.apply(head, targets, smoothing, size, later, hidden, *parameters)
 
     return TokenLosses(faster(model, own, liger_loss(model, targets, smoothing), hidden)(hidden))
 
 
-def _leaves(tensor: torch.Tensor) -> Iterator[nn.Parameter]:
-    """Yield the parameters that a gradient of a tensor goes to."""
-    seen, nodes = set(), [tensor.grad_fn]
+def _parameters(tensor: torch.Tensor) -> dict[nn.Parameter, list[nn.Parameter | GradientEdge]]:
+    """Return the parameters that a gradient of a tensor goes to, and with respect to what it is to be asked for.
+
+    Of a matrix that autocast has cast that is the cast one: its gradient takes half the memory, and is summed in the
+    parameter's precision all the same.
+    """
+    seen, nodes, casts, owners = set(), [tensor.grad_fn], {}, {}
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes += [following for following, _ in node.next_functions]
+        for following, _ in node.next_functions:
+            if hasattr(following, "variable"):
+                owners.setdefault(following.variable, []).append(node)
+            nodes.append(following)
+    for parameter, users in owners.items():
+        cast = all(node.name().startswith("ToCopyBackward") for node in users)
+        casts[parameter] = [GradientEdge(node, 0) for node in users] if cast else [parameter]
+    return casts
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -202,9 +211,9 @@ def _chunks(
     """
     scale = scale if any(wanted) else None
     hidden, *parameters = (tensor.detach() if index == 0 else tensor for index, tensor in enumerate(inputs))
-    trained = [parameter for parameter, want in zip(parameters, wanted[1:], strict=True) if want]
     of_hidden = torch.empty_like(hidden) if wanted[0] and scale is not None else None
-    sums: list[torch.Tensor | None] = [None] * len(trained)
+    wanted = [want and scale is not None for want in wanted]
+    sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted[1:], strict=True)]
     total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for start in range(0, len(hidden), size):
         part = hidden[start : start + size].requires_grad_(wanted[0])
@@ -214,13 +223,17 @@ def _chunks(
         total += loss
         if gradient is None:
             continue
-        found = torch.autograd.grad(logits, [part, *trained] if wanted[0] else trained, gradient, allow_unused=True)
+        used = _parameters(logits)
+        asked = [(sums[index], each) for index, p in enumerate(parameters) for each in used.get(p, ())]
+        given = [part] if wanted[0] else []
+        found = torch.autograd.grad(logits, [*given, *(each for _, each in asked)], gradient, allow_unused=True)
         del logits, gradient
         if wanted[0]:
             of_hidden[start : start + size], *found = found
-        sums = [g if s is None else s if g is None else s.add_(g) for s, g in zip(sums, found, strict=True)]
-    rest = iter(sums)
-    return total, [of_hidden, *(next(rest) if want else None for want in wanted[1:])]
+        for (total_of, _), of_chunk in zip(asked, found, strict=True):
+            if of_chunk is not None:
+                total_of += of_chunk
+    return total, [of_hidden, *sums]
 
 
 def _differentiate(

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from kit.data.labeled_corpus import LabeledCorpus, LabeledSet
 from kit.errors import UserError
-from kit.evaluation.baselines import join_pairs, majority, tfidf_logreg
 from kit.evaluation.classification import probabilities
 from kit.evaluation.classification_metrics import classification_figures, decide
 from kit.evaluation.zero_shot import check_question, zero_shot
@@ -66,6 +65,8 @@ def _asked(recipe: ClassificationRecipe, corpus: LabeledCorpus) -> tuple[ZeroSho
 
 
 def _majority(corpus: LabeledCorpus, recipe: Any, tokenizer: Any, args: Any, names: Sequence[str]) -> Likely:
+    from kit.evaluation.baselines import majority  # scikit-learn, a second that a causal LM's run is spared
+
     labels, train = corpus.labels, corpus.train.labels
     rows = {name: np.arange(len(corpus.sets[name])) for name in names}
     return {name: (r, majority(train, len(labels.names), len(r), labels.multi)) for name, r in rows.items()}
@@ -74,6 +75,8 @@ def _majority(corpus: LabeledCorpus, recipe: Any, tokenizer: Any, args: Any, nam
 def _tfidf_logreg(
     corpus: LabeledCorpus, recipe: ClassificationRecipe, tokenizer: Any, args: Any, names: Sequence[str]
 ) -> Likely:
+    from kit.evaluation.baselines import tfidf_logreg
+
     validation = corpus.sets.get("validation")
     texts = {name: _texts(corpus.sets[name]) for name in names}
     weights = "balanced" if recipe.data.balancing and recipe.data.balancing.method == "oversample" else None
@@ -93,6 +96,8 @@ def _tfidf_logreg(
 
 
 def _texts(rows: LabeledSet) -> list[str]:
+    from kit.evaluation.baselines import join_pairs
+
     return join_pairs(rows.texts, rows.pairs)
 
 
