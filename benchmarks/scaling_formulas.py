@@ -210,6 +210,7 @@ def training_memory(shape: Shape, strategy: Strategy, rows: int = 1, length: int
     frozen_but_last = strategy.trains == "last blocks"
     blocks = BLOCKS if frozen_but_last else shape.layers
     last = BLOCKS * shape.block + (2 if shape.family == "gpt2" else 1) * shape.h
+    in_shards = sharding not in ("", "ddp")
     trained = shape.lora if lora else last if frozen_but_last else everything
     of_trained = 4 if lora else strategy.weights
     per_block = block_per_token(shape, length, bf16, lora) * tokens
@@ -223,7 +224,7 @@ def training_memory(shape: Shape, strategy: Strategy, rows: int = 1, length: int
         "gathered": 0,
         "activations": blocks * kept + (norm_per_token(shape, bf16, lora) + 2 * shape.h) * tokens,
         "one block again": per_block if strategy.checkpointing else 0,
-        "logits": 8 * shape.vocabulary * (tokens if sharding == "zero3" else positions_of_chunk(shape, tokens)),
+        "logits": 8 * shape.vocabulary * (tokens if in_shards else positions_of_chunk(shape, tokens)),
     }
     if strategy.weights == NF4:
         quantised = shape.layers * shape.linear

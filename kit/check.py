@@ -217,7 +217,8 @@ def _probe_in(folder: Path, run: Run, plan: StepPlan, preemption: Preemption, co
     if is_sharded(args):
         say("precision, optimizer and loss are not measured on a model in shards")
         return
-    batch = run.task.largest_batch(corpus, recipe, args)
+    rows = range(min(args.per_device_train_batch_size, len(corpus.rows)))
+    batch = corpus.collate([corpus.rows[row] for row in rows])
     choices = measure_choices(run.model, args, run.task, batch, precision, plan.steps, compiles)
     table("What was taken, and the times behind it", ["what", "taken", "measured"], [list(row) for row in choices])
 

@@ -29,6 +29,7 @@ from kit.files import hash_values, make_folder, write_json, write_text
 from kit.model.activations import fuse_activations
 from kit.model.adapter_files import Adapter, base_facts
 from kit.model.attention import settle_attention
+from kit.model.chunked_loss import compute_whole_logits
 from kit.model.loading import model_key
 from kit.model.new_rows import put_back, set_apart
 from kit.model.saving import save_model, saved_model_difference
@@ -53,7 +54,8 @@ from kit.training.freezing import FreezingPlan, check_frozen, fingerprint_frozen
 from kit.training.measured import measured_once
 from kit.training.plan import StepPlan, plan_steps
 from kit.training.preemption import Preemption
-from kit.training.prefix_cache import PrefixCache, PrefixData, make_prefix_cache
+from kit.training.prefix_cache import PrefixCache, make_prefix_cache
+from kit.training.prefix_data import PrefixData, prefix_data
 from kit.training.run_directory import RunDirectory
 from kit.training.sharding import describe_sharding, is_sharded
 from kit.training.throughput import Throughput
@@ -236,6 +238,7 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
     plan = make_plan(run.model, run.recipe.freezing, new_ids, run.plan_steps())
     if is_sharded(run.args):
         set_apart(run.model)
+        compute_whole_logits(run.model)
     if plan:
         print_plan(run.model, plan, run.args)
         if run.directory and is_main_process():
@@ -248,12 +251,8 @@ def extend_model(run: Run, before: Mapping[str, Figures] | None = None) -> Run:
 
 
 def _prefix_data(run: Run) -> PrefixData:
-    rows, sets = run.corpus.rows, run.corpus.sets.values()
-    if isinstance(run.corpus, LabeledCorpus):
-        positions, evaluated = rows.lengths.sum(), sum(of.rows.lengths.sum() for of in sets)
-    else:
-        positions, evaluated = len(rows) * run.recipe.data.block_size, sum(of.lengths.sum() for of in sets)
-    return PrefixData(rows, run.corpus.collate, int(positions), int(evaluated), run.recipe.data.store_dir)
+    measured_by = run.task.measured_by(run.corpus, run.recipe, run.args)
+    return prefix_data(run.corpus, measured_by, run.recipe.data.store_dir)
 
 
 def _measure_once(run: Run, *state: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 
 from benchmarks.speed import causal_lm, report, spam
+from benchmarks.speed.material import prepare
 from benchmarks.speed.methods import CPU, GPU, XL, Method
 
 RESULTS = report.ROOT / "benchmarks/results"
@@ -38,6 +39,13 @@ def _section(failed):
     return section
 
 
+def test_the_table_names_rows_of_which_fewer_steps_were_timed():
+    section = _section({})
+    assert "2 + 2 (warm-up + timed);" in report.tables({"causal_lm": section}, "cpu")
+    section["methods"]["run_clm"]["steps"] = 1
+    assert f"2 + 2 (warm-up + timed; 1 of {CPU['run_clm'].label});" in report.tables({"causal_lm": section}, "cpu")
+
+
 def test_ratios_are_taken_within_a_round():
     row = _section({})["methods"]["run_clm"]
     assert row["ratio"] == pytest.approx({"median": 1.375, "min": 1.25, "max": 1.5})
@@ -65,14 +73,38 @@ def test_nothing_measured_gives_tables_that_say_so():
 
 def test_the_loop_is_scaled_from_what_was_timed():
     found = {
-        "setup_s": 10.0, "steps_timed": 2, "steps_per_epoch": 130, "seconds_of_steps": 2.5, "evaluation_s": 8.0,
-        "evaluation_batches": 10, "batches": {"train": 131, "validation": 19, "test": 38},
+        "setup_s": 10.0, "steps_timed": 2, "steps_per_epoch": 130, "seconds_of_steps": 2.5, "evaluation_s": 16.0,
+        "evaluation_batches": 20, "batches": {"train": 131, "validation": 19, "test": 38},
     }  # fmt: skip
     guide = spam.scale(found)
-    # 650 steps; 13 evaluations and 5 accuracies of as many batches; 38 and 150 batches at the end.
+    # 650 steps; 13 evaluations and 5 accuracies on 10 batches each; 38 and 150 batches at the end.
     assert guide["seconds_test_set_only"] == pytest.approx(10 + 650 * 1.25 + 18 * 8 + 38 * 0.8)
     assert guide["seconds"] == pytest.approx(10 + 650 * 1.25 + 18 * 8 + 188 * 0.8)
     assert "2 of 650 steps" in guide["scaled"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_recipe_without_its_zero_shot_baseline_has_a_row_where_it_was_run(twice):
+    names = ("seconds", "seconds_test_set_only", "seconds_per_step", "steps_s", "evaluations_s", "test_set_s")
+    guide = dict.fromkeys((*names, "other_accuracies_s", "setup_s"), 1.0) | {"scaled": "from a part"}
+    run = {"seconds": 2.0, "ratio": 3.0, "ratio_test_set_only": 2.5}
+    section = {"status": "measured", "hardware": {"gpu": "one"}, "setting": {"threads": 2}, "target": 12, "aim": 20}
+    section |= {"guide": guide, "kit": run} | ({"kit_without_zero_shot": run} if twice else {})
+    table = report.tables({"spam": section}, "cpu")
+    assert ("no zero-shot baseline" in table) == twice
+    assert "| the kit, recipe as shipped | 2.0 | 3.0; 2.5 of the second row |" in table
+
+
+def test_material_is_made_anew_for_another_text_of_the_same_name(tmp_path):
+    made = []
+    for folder, text in (("a", "one\n\n\ntwo"), ("a", "one\n\n\ntwo"), ("b", "one\n\n\n2\n\n\nthree")):
+        corpus = tmp_path / folder / "data/corpus.txt"
+        corpus.parent.mkdir(parents=True, exist_ok=True)
+        corpus.write_text(text)
+        material = prepare(tmp_path / "work", corpus, None, False)
+        made.append((material.about["documents"], material.text.stat().st_mtime_ns, material.text.read_text()))
+    assert made[0] == made[1]
+    assert [(count, text) for count, _, text in made[1:]] == [(2, "one\n\n\ntwo"), (3, "one\n\n\n2\n\n\nthree")]
 
 
 def test_every_row_has_a_program_and_an_environment():

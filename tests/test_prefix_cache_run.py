@@ -19,9 +19,11 @@ from kit.training import prefix_cache, prefix_store
 from tests.classifiers import labeled_rows, save_base, write_rows
 from tests.classifiers import write_recipe as write_classifier
 from tests.harness import Fault, run_kit
-from tests.material import documents
+from tests.material import ARCHITECTURES, documents
 
-THREE = {"gpt2": {"n_layer": 3}, "llama": {"num_hidden_layers": 3}, "gpt_neox": {"num_hidden_layers": 3}}
+THREE = {
+    "gpt2": {"n_layer": 3}, "llama": {"num_hidden_layers": 3}, "gpt_neox": {"num_hidden_layers": 3}, "mixtral": {},
+}  # fmt: skip
 BLOCKS = {"gpt2": GPT2Block, "llama": LlamaDecoderLayer, "gpt_neox": GPTNeoXLayer}
 TRAINING = {
     "max_steps": -1, "num_train_epochs": 3, "learning_rate": 1e-2, "eval_strategy": "epoch", "save_strategy": "no",
@@ -193,6 +195,35 @@ def test_a_classifier_is_the_same_but_for_rounding(classifier, tmp_path, archite
     assert all(torch.allclose(ours[n], theirs[n], atol=2e-6) for n in ours)
 
 
+def test_a_model_with_experts_says_no_share_that_nobody_knows(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "mixtral", ARCHITECTURES["llama"])
+    config = {"num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2}
+    for cache in ("off", "auto"):
+        path = recipe(cache, "mixtral", {"num_train_epochs": 2}, {"cache": cache}, config=config)
+        train(str(path), [])
+    assert "of a step's arithmetic" not in told_of(capsys)
+    assert same_bits(tmp_path / "off", tmp_path / "auto")
+    assert len(stores(tmp_path)) == 1
+
+
+def test_an_evaluation_may_have_another_precision_than_training(recipe, tmp_path, capsys, monkeypatch):
+    forward = GPT2Block.forward
+
+    def rounding(self, hidden_states, *args, **kwargs):
+        out = forward(self, hidden_states, *args, **kwargs)
+        return out.bfloat16() if torch.is_autocast_enabled("cpu") else out
+
+    monkeypatch.setattr(GPT2Block, "forward", rounding)
+    for cache in ("off", "auto"):
+        train(str(recipe(cache, training={"bf16": True, "num_train_epochs": 2}, freezing={"cache": cache})), [])
+    assert "nothing trains below block 2" in told_of(capsys)
+    ours, theirs = weights(tmp_path / "off"), weights(tmp_path / "auto")
+    assert all(torch.allclose(ours[n], theirs[n], atol=1e-3) for n in ours)
+    measured = [figures(tmp_path / cache)["domain"]["before"] for cache in ("off", "auto")]
+    assert measured[0] == measured[1]
+    assert "damaged" not in capsys.readouterr().out
+
+
 # ---- Processes, kills, phases
 
 
@@ -348,6 +379,59 @@ def test_at_most_half_of_a_disk_is_taken(recipe, tmp_path, capsys, monkeypatch, 
     assert "training takes" in line if free > 10**4 else "off, since" in line
     assert "at most half" in line
     assert sum(log.stat().st_size for log in logs(tmp_path)) < free / 2
+
+
+def test_with_on_training_rows_that_do_not_fit_are_an_error_even_if_evaluation_does(recipe, tmp_path, monkeypatch):
+    probed = recipe("run", freezing={"cache": "on", "cache_gib": 8e-5})
+    with pytest.raises(UserError, match=r"freezing\.cache: found `on`, but training takes .*cache_gib` allows"):
+        train(str(probed), [])
+    assert not stores(tmp_path)
+    train(str(recipe("auto", freezing={"cache_gib": 8e-5})), [])
+    assert len(stores(tmp_path)) == 1, "for the evaluation sets"
+
+
+def test_what_is_measured_may_reach_its_limit_without_a_loss_for_training(
+    recipe, tmp_path, passes, capsys, monkeypatch
+):
+    write = prefix_store.PrefixStore.write
+
+    def limited(self, digest, payload, reserved=0):
+        # The first evaluation is before the end of the first epoch, so that some of the room is still kept.
+        if reserved:
+            raise OSError("more would be stored")
+        write(self, digest, payload, reserved)
+
+    monkeypatch.setattr(prefix_store.PrefixStore, "write", limited)
+    train(str(recipe("run", training={"eval_strategy": "steps", "eval_steps": 3})), [])
+    assert capsys.readouterr().out.count("no more rows are kept of evaluation") == 1
+    assert sum(number for number, training in passes if training) == rows_of(tmp_path / "run"), "one epoch of three"
+
+
+def test_a_store_that_cannot_be_used_ends_no_run(recipe, tmp_path, capsys, monkeypatch):
+    train(str(recipe("filled")), [])
+    capsys.readouterr()
+
+    def refused(self, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(prefix_cache.Path, "touch", refused)
+    train(str(recipe("run")), [])
+    line = told_of(capsys)
+    assert "off, since" in line
+    assert "Permission denied" in line
+    assert same_bits(tmp_path / "filled", tmp_path / "run")
+
+
+def test_another_number_of_threads_or_other_data_are_another_cache_another_rate_is_not(recipe, tmp_path, monkeypatch):
+    training = {"num_train_epochs": 2}
+    train(str(recipe("one", training=training)), [])
+    train(str(recipe("rate", training={**training, "learning_rate": 1e-3})), [])
+    assert len(stores(tmp_path)) == 1
+    train(str(recipe("data", training=training, data={"validation": {"fraction": 0.2}})), [])
+    assert len(stores(tmp_path)) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    train(str(recipe("threads", training=training)), [])
+    assert len(stores(tmp_path)) == 3
 
 
 def test_an_architecture_that_needs_its_first_blocks_goes_on_without(recipe, tmp_path, capsys, monkeypatch):

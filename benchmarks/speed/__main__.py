@@ -112,8 +112,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--block", type=int, help="positions of a row; default: 512, on a GPU 1024")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--minutes", type=float, help="no further round begins that would not end by then; default: 20, on a GPU 10"
+        "--minutes",
+        type=float,
+        help="no further round of causal-LM rows begins that would not end by then; default: 20, on a GPU 10",
     )
+    parser.add_argument("--spam-twice", action="store_true", help="the recipe also without its zero-shot baseline")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/speed.json, on a GPU speed-gpu.json")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: does everything run?")
     parser.add_argument("--write-docs", action="store_true", help="only write the tables of docs/performance.md")
@@ -132,7 +135,7 @@ def complete(parser: argparse.ArgumentParser, options: argparse.Namespace) -> ar
         else {"warmup": 1, "steps": 2, "batch": 4}
     )
     usual = {"block": 512, "minutes": 20.0, "shape": "gpt2", "positions": 1024, **usual}
-    usual |= {"guide_steps": None, "spam_overrides": [], "most_characters": None, "frozen_rows": 640}
+    usual |= {"guide_steps": 30, "spam_overrides": [], "most_characters": None, "frozen_rows": 640}
     if options.smoke:
         usual |= SMOKE | {"guide_steps": 2, "spam_overrides": ["training.num_train_epochs=1"], "frozen_rows": 80}
         usual |= {"most_characters": 200_000}

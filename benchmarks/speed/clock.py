@@ -58,6 +58,7 @@ class Clock:
         """
         self.asked, self.labels_per_step = asked, labels_per_step
         self.marks: list[float] = []
+        self.peak_gpu_mb: float | None = None  # between the ends of the first step and of the last one so far
         register_optimizer_step_post_hook(self._mark)
         if not asked.get("stop_after"):
             atexit.register(self._answer)
@@ -67,6 +68,7 @@ class Clock:
             torch.cuda.synchronize()
             if not self.marks:
                 torch.cuda.reset_peak_memory_stats()
+            self.peak_gpu_mb = torch.cuda.max_memory_allocated() / 1e6
         self.marks.append(time.monotonic())
         if len(self.marks) == self.asked.get("stop_after"):
             self._answer()
@@ -79,7 +81,7 @@ class Clock:
             self.asked,
             marks=self.marks,
             labels_per_step=labels(len(self.marks)) if callable(labels) else labels,
-            peak_gpu_mb=torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None,
+            peak_gpu_mb=self.peak_gpu_mb,
         )
 
 

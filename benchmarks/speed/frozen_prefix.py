@@ -24,12 +24,14 @@ def measure(options: Any, material: Material) -> dict[str, Any]:
     setting["precision"] = "bf16" if options.bf16 else "fp32"
     section: dict[str, Any] = {"status": "measured", "setting": setting, "target": TARGET}
     try:
-        for _ in range(options.rounds):
-            for cache, found in runs.items():
+        for number in range(options.rounds):
+            for cache in sorted(runs, reverse=number % 2 == 0):  # on, off; off, on; …
                 child = run_method("kit_frozen", asked | {"cache": cache}, options.work, options.threads)
                 section["versions"] = {"kit": child.figures["versions"]}
-                found.append(_per_epoch(child.figures["marks"], child.figures["peak_gpu_mb"] or child.peak_mb()))
-                print(f"  cache {cache}: " + ", ".join(f"{k} {v:,.4g}" for k, v in found[-1].items()), flush=True)
+                marks = child.figures["marks"]
+                peak = child.figures["peak_gpu_mb"] or child.peak_mb(marks[0], marks[-1])
+                runs[cache].append(_per_epoch(marks, peak))
+                print(f"  cache {cache}: " + ", ".join(f"{k} {v:,.4g}" for k, v in runs[cache][-1].items()), flush=True)
     except Failed as error:
         return section | {"status": f"failed: {error}"}
     for cache, found in runs.items():

@@ -18,7 +18,7 @@ def recipe(asked: dict[str, Any]) -> dict[str, Any]:
             "train": [{"path": asked["rows"]}],
             "split": {"validation": 0.05, "test": 0.05, "seed": 0},
             "max_length": asked["block"],
-            "store_dir": asked["store"],
+            "store_dir": "store",  # of this process alone: a filled cache has no first epoch
         },
         "freezing": {"trainable": {"last_blocks": 1, "final_norm": True, "head": True}, "cache": asked["cache"]},
         "training": {

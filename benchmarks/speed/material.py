@@ -1,5 +1,6 @@
 """What all methods get: corpus, tokenizer and a seeded model with and without dropout, made once in a folder."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -43,19 +44,32 @@ class Material:
 
 
 def given_or_shared(given: Path | None, name: str) -> Path | None:
-    """Return a path of the command line, else that of the data beside the repository, else nothing."""
+    """Return a path of the command line, which is to be there, else that of the data beside the repository or none."""
+    if given and not given.exists():
+        raise SystemExit(f"{given}: there is no such file")
     path = given or DATA / name
     return path.absolute() if path.exists() else None
 
 
+def digest(*files: Path) -> str:
+    """Return what names the content of files, whatever folder they are in."""
+    found = hashlib.sha256()
+    for file in sorted(files):
+        found.update(hashlib.sha256(file.read_bytes()).digest() + file.name.encode())
+    return found.hexdigest()[:16]
+
+
 def prepare(work: Path, corpus: Path | None, tokenizer: Path | None, smoke: bool) -> Material:
-    """Write what is not there yet; `smoke` takes the beginning of the corpus."""
+    """Write what is not there yet of this content; `smoke` takes the beginning of the corpus."""
     from transformers import AutoTokenizer
 
     folder = work / "material"
+    source = corpus or write_builtin_text(work / "builtin.txt")
     about = {
         "corpus": corpus.parent.name + "/" + corpus.name if corpus else "docstrings of installed packages",
         "tokenizer": tokenizer.name if tokenizer else "byte-level BPE, trained on the corpus",
+        "corpus_digest": digest(source),
+        "tokenizer_digest": digest(*filter(Path.is_file, tokenizer.iterdir())) if tokenizer else None,
         "smoke": smoke,
     }
     made = folder / "about.json"
@@ -67,7 +81,7 @@ def prepare(work: Path, corpus: Path | None, tokenizer: Path | None, smoke: bool
         return material
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    text = (corpus or write_builtin_text(folder / "builtin.txt")).read_text(encoding="utf-8")
+    text = source.read_text(encoding="utf-8")
     documents = [each.strip("\n") for each in text[: SMOKE_CHARACTERS if smoke else None].split(SEPARATOR)]
     documents = [each for each in documents if each.strip()]
     material.text.write_text(SEPARATOR.join(documents), encoding="utf-8")
@@ -88,7 +102,7 @@ def model_folder(work: Path, material: Material, shape: str, positions: int, dro
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     tokenizer = AutoTokenizer.from_pretrained(material.tokenizer)
-    stem = f"{shape}-{len(tokenizer)}-{positions}"
+    stem = f"{shape}-{positions}-{digest(*filter(Path.is_file, material.tokenizer.iterdir()))}"
     plain, folder = work / f"models/{stem}", work / f"models/{stem}{'-dropout' if dropout else ''}"
     if (folder / ".made").is_file():
         return folder

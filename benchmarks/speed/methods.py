@@ -43,27 +43,29 @@ class Method:
     once: bool = False
 
 
-_LITGPT = "nearest shape: rotary instead of learned positions; compiled by its own loop"
+_LITGPT = "nearest shape: rotary instead of learned positions; weights that it draws; compiled by its own loop"
 
 CPU = {
     "kit": Method("the kit, `kit train`", "kit_lm", isolated=True),
-    "bare": Method("bare loop", "bare_loop", note="a bound", most_steps=1),
+    "bare": Method("bare loop", "bare_loop", note="a bound"),
     "run_clm": Method("run_clm's method, dropout 0", "run_clm", target=1.0, memory_target=0.7),
     "run_clm_default": Method("run_clm's method, GPT-2's dropout", "run_clm", True, target=1.5, most_steps=1),
     "trl": Method(
         "TRL SFTTrainer, packed, its defaults", "trl_sft", True, "trl", target=2.2, isolated=True, most_steps=1,
-        note="checkpointing on; cuts off what a document has beyond a block",
+        note="the checkpoint's dropout 0.1, where the kit has 0; checkpointing on; cuts off what a document has beyond "
+        "a block",
     ),
     "trl_best": Method(
         "TRL SFTTrainer, packed, best settings", "trl_sft", False, "trl", {"arguments": TRL_BEST}, 1.6,
-        note="checkpointing off, dropout 0, `wrapped`", most_steps=1,
+        note="checkpointing off, dropout 0, `wrapped`",
     ),
     "litgpt": Method(
-        "litgpt pretrain", "litgpt_pretrain", False, "litgpt", note=f"{_LITGPT}; measured once", most_steps=1, once=True
+        "litgpt pretrain", "litgpt_pretrain", False, "litgpt", note=f"{_LITGPT}; measured once, after the rounds",
+        most_steps=1, once=True,
     ),
     "guide_lines": Method(
         "guide's lines padded to the block", "guide_lines", True, target=28.0, isolated=True,
-        note="blank lines left out", most_steps=1,
+        note="GPT-2's dropout; blank lines left out", most_steps=1,
     ),
 }  # fmt: skip
 

@@ -33,8 +33,8 @@ def measure(options: Any, material: Material, texts: list[Path]) -> dict[str, An
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     status = "measured"
     try:
-        for _ in range(options.rounds):
-            for name in methods:
+        for number in range(options.rounds):
+            for name in list(methods)[:: -1 if number % 2 else 1]:  # so that none is always the first
                 runs[name].append(_measure_one(name, options.work / "preparing", text, material, cores))
                 print(f"  {name}: " + ", ".join(f"{k} {v:,.4g}" for k, v in runs[name][-1].items()), flush=True)
     except subprocess.CalledProcessError as error:

@@ -82,12 +82,12 @@ def _setting(section: Section | None) -> str:
     if section is None:
         return "Not measured."
     setting = section["setting"]
-    fewer = any(row.get("steps", 2) < setting["steps"] for row in section["methods"].values())
-    slow = ", of slow rows 1" if fewer else ""
+    slow = [row for row in section["methods"].values() if row.get("steps", setting["steps"]) < setting["steps"]]
+    fewer = "".join(f"; {row['steps']} of {row['label']}" for row in slow)
     return (
         f"{_machine(section['hardware'], setting['threads'])}. {setting['model']}; {setting['corpus']}, block "
         f"{setting['block']}, batch {setting['batch']}, {setting['precision']}. {setting['rounds']} rounds, steps of "
-        f"each row {setting['warmup']} + {setting['steps']} (warm-up + timed{slow}); medians, ratios with their ends."
+        f"each row {setting['warmup']} + {setting['steps']} (warm-up + timed{fewer}); medians, ratios with their ends."
     )
 
 
@@ -103,7 +103,7 @@ def _spam(section: Section | None) -> str:
     ]
     target = f"{section['target']:.0f} (aim {section['aim']:.0f})"
     labels = {"kit": "the kit, recipe as shipped", "kit_without_zero_shot": "the kit, no zero-shot baseline"}
-    for name, label in labels.items():
+    for name, label in ((name, label) for name, label in labels.items() if name in section):
         ratios = f"{section[name]['ratio']:.1f}; {section[name]['ratio_test_set_only']:.1f} of the second row"
         rows.append([label, f"{section[name]['seconds']:,.1f}", ratios, target])
     return "\n\n".join(
@@ -112,7 +112,7 @@ def _spam(section: Section | None) -> str:
             "the accuracy on the test set.",
             _table(["run", "seconds", "the kit is × sooner", "at least"], rows),
             f"Scaled {guide['scaled']}: {guide['seconds_per_step']:.2f} s per step; steps {guide['steps_s']:,.0f} s, "
-            f"evaluations and accuracies of epochs {guide['evaluations_s']:,.0f} s, accuracy of the test set "
+            f"evaluations and accuracies after epochs {guide['evaluations_s']:,.0f} s, accuracy of the test set "
             f"{guide['test_set_s']:,.0f} s, of the training and validation rows {guide['other_accuracies_s']:,.0f} s, "
             f"start {guide['setup_s']:,.0f} s.",
         ]

@@ -27,11 +27,13 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
     if patched is not None:
         model.forward = model.__dict__["_original_forward"]
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    policies = [_set_precision(module, MixedPrecisionPolicy()) for module in sharded]
+    policies: list[MixedPrecisionPolicy] = []
     try:
+        for module in sharded:
+            policies.append(_set_precision(module, MixedPrecisionPolicy()))
         yield
     finally:
-        for module, policy in zip(sharded, policies, strict=True):
+        for module, policy in zip(sharded, policies, strict=False):
             _set_precision(module, policy)
         if patched is not None:
             model.forward = patched

@@ -196,9 +196,9 @@ def _try(model: PreTrainedModel, kernel: str, args: TrainingArguments, vocab_siz
     before, reason = loaded_kernel(model), None
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
-        expected = check_isolation(model, vocab_size)
-        use_kernel(model, kernel)
         try:
+            expected = check_isolation(model, vocab_size)
+            use_kernel(model, kernel)
             difference = (check_isolation(model, vocab_size) - expected).norm() / expected.norm()
             if difference > _TOLERANCE:
                 reason = f"gives other logits here than {before}, by {difference.item():.0%}"

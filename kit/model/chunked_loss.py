@@ -53,8 +53,12 @@ def give_losses(model: PreTrainedModel, like: PreTrainedModel | None = None) -> 
             tokens, and where its head cannot be told from the rest, whole logits are computed, with a word of why.
     """
     model.__dict__[_BASE] = _find_base(model) if like is None else like.__dict__[_BASE]
-    # A bound method, which copies of the model take with them; `wraps` keeps the signature that Trainer looks at.
-    model.forward = MethodType(functools.wraps(type(model).forward)(_forward), model)
+
+    @functools.wraps(type(model).forward)  # keeps the signature that Trainer looks at
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)  # bound: copies of the model take it with them
 
 
 def gives_losses(model: nn.Module) -> bool:
@@ -69,8 +73,13 @@ def count_logits_at_once(model: PreTrainedModel, positions: int) -> int:
 
 
 def compute_whole_logits(model: PreTrainedModel) -> None:
-    """Let a model compute whole logits for the losses that it gives, if it gives any."""
-    model.__dict__[_BASE] = None
+    """Let a model compute whole logits for the losses that it gives, if it gives any.
+
+    As where its parameters are in shards: the head's matrix may be there only while the head is called, and processes
+    whose batches have other lengths would gather it for other numbers of chunks.
+    """
+    if gives_losses(model):
+        model.__dict__[_BASE] = None
 
 
 def _forward(
@@ -139,7 +148,8 @@ def _losses(
         parameters = _parameters(head(hidden[:1].detach()))
         return _ChunkedLoss.apply(head, targets, smoothing, size, later, hidden, *parameters)
 
-    return TokenLosses(faster(model, own, liger_loss(model, targets, smoothing), hidden)(hidden))
+    ligers = None if later or model.__dict__[_BASE] is None else liger_loss(model, targets, smoothing)
+    return TokenLosses(faster(model, own, ligers, hidden)(hidden))
 
 
 def _parameters(tensor: torch.Tensor) -> dict[nn.Parameter, list[nn.Parameter | GradientEdge]]:
@@ -213,7 +223,11 @@ def _chunks(
     hidden, *parameters = (tensor.detach() if index == 0 else tensor for index, tensor in enumerate(inputs))
     of_hidden = torch.empty_like(hidden) if wanted[0] and scale is not None else None
     wanted = [want and scale is not None for want in wanted]
-    sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted[1:], strict=True)]
+    # In float32 at least: many small terms, each rounded to bfloat16, would not add up.
+    sums = [
+        torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if want else None
+        for p, want in zip(parameters, wanted[1:], strict=True)
+    ]
     total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for start in range(0, len(hidden), size):
         part = hidden[start : start + size].requires_grad_(wanted[0])
@@ -233,7 +247,8 @@ def _chunks(
         for (total_of, _), of_chunk in zip(asked, found, strict=True):
             if of_chunk is not None:
                 total_of += of_chunk
-    return total, [of_hidden, *sums]
+    of_parameters = (s if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True))
+    return total, [of_hidden, *of_parameters]
 
 
 def _differentiate(
@@ -279,6 +294,11 @@ def _score(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tup
     return _cross_entropy(log_p, targets, smoothing)[0], logits.argmax(-1).eq(targets)
 
 
+def _rounding(logits: torch.Tensor) -> float:
+    """Return by how much the largest logit may differ where it is summed in another order."""
+    return max(1e-5, 4 * torch.finfo(logits.dtype).eps) * logits.abs().max().item()
+
+
 @torch.no_grad()
 def _find_base(model: PreTrainedModel) -> str | None:
     """Return the name of the module whose output the head takes, proven on a few tokens; None with a word of why."""
@@ -304,7 +324,7 @@ def _find_base(model: PreTrainedModel) -> str | None:
         base, output = found[-1]
         model.__dict__[_BASE] = names[base]
         again = torch.cat([_logits(model, type(output), part) for part in output.last_hidden_state[0].split(3)])
-        if not torch.allclose(again, whole[0], rtol=1e-4, atol=1e-5 * float(whole.abs().max())):
+        if not torch.allclose(again, whole[0], rtol=1e-4, atol=_rounding(whole)):
             raise ValueError("its logits depend on more than the last hidden states")
         note_head(model, output.last_hidden_state[0], again)
     except Exception as error:  # each architecture fails in its own way

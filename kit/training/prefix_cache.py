@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 
 from kit.console import say, warn
 from kit.errors import UserError
+from kit.evaluation.inference import inference
 from kit.files import hash_values
 from kit.model.attention import loaded_kernel, packed_kernel
 from kit.model.prefix import Prefix, prefix_depth
@@ -32,34 +32,16 @@ from kit.training.disk import in_units
 from kit.training.freezing import FreezingPlan
 from kit.training.parameter_groups import phase_at
 from kit.training.plan import StepPlan
-from kit.training.prefix_rows import Collate, Rows, probe_batch, rows_of_call, take_rows
+from kit.training.prefix_data import PrefixData
+from kit.training.prefix_rows import Rows, probe_batch, rows_of_call, take_rows
 from kit.training.prefix_store import PrefixStore, make_room
 from kit.training.sharding import sharding_of
 from kit.training.throughput import flops_per_token
-from kit.training.topology import local_main_process_first
+from kit.training.topology import any_process, local_main_process_first, on_any_process
 
 _FORMAT = 1  # raise it whenever what is stored, or what a row is known by, changes
 _GIB = 2**30
 _OF_NO_VALUE = ("_name_or_path", "use_cache", "_attn_implementation")  # of a configuration, to hidden states
-
-
-@dataclass(frozen=True)
-class PrefixData:
-    """What a cache has to know of the data.
-
-    Attributes:
-        rows: the training rows.
-        collate: makes a batch of them.
-        positions: of all training rows.
-        evaluated: positions of all evaluation sets.
-        store_dir: where stores lie.
-    """
-
-    rows: torch.utils.data.Dataset
-    collate: Collate
-    positions: int
-    evaluated: int
-    store_dir: str
 
 
 class PrefixCache(TrainerCallback):
@@ -90,7 +72,9 @@ class PrefixCache(TrainerCallback):
         self._prefix: Prefix | None = None
         self._store: PrefixStore | None = None
         self._kept: frozenset[str] = frozenset()
-        self._writes = True
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._writes: set[str] = set()
+        self._reserved = 0  # bytes for training rows that are still to come
         self._damaged = 0
         cause = _excluded(self.args)
         if cause is None and not any(depth for depth, _ in self._depths):
@@ -109,6 +93,10 @@ class PrefixCache(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Go over to the cache of the phase that this step belongs to."""
         self._follow(state.global_step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write no more: what is measured after training is read once."""
+        self._writes = set()
 
     def _follow(self, step: int) -> None:
         phase = phase_at(self.plan.phases, step)
@@ -132,18 +120,21 @@ class PrefixCache(TrainerCallback):
             say(_off("no row is read twice in this phase, and nothing is measured on the way"))
             return
         prefix = Prefix(self.model, depth)
-        if why := self._try_out(prefix):
-            self._refuse(why)
+        why = self._try_out(prefix)
+        # What follows is done together, so all have to go the same way.
+        if any_process(why is not None, self.args.device):
+            self._refuse(why or "another process cannot pass over these blocks")
             return
-        each = prefix.width * torch.empty(0, dtype=prefix.dtype).element_size()
-        sizes = {purpose: positions * each for purpose, positions in wanted.items()}
+        sizes = {name: number * prefix.width * self._dtypes[name].itemsize for name, number in wanted.items()}
         folder = Path(self.data.store_dir) / "prefix" / self._key(prefix, phase)
         # The first process of a machine removes what is to go before others look.
         store, kept, why = local_main_process_first(lambda: self._open(folder, sizes))
-        if store is None:
-            self._refuse(why)
+        nothing, no_training = on_any_process([store is None, "training" not in kept], self.args.device)
+        if nothing or (no_training and self.section.cache == "on"):
+            self._refuse(why or "another process has no room")
             return
-        self._prefix, self._store, self._kept, self._writes, self._damaged = prefix, store, kept, True, 0
+        self._prefix, self._store, self._kept, self._writes, self._damaged = prefix, store, kept, set(kept), 0
+        self._reserved = sizes["training"] if "training" in kept else 0
         self._tell(prefix, folder, {purpose: sizes[purpose] for purpose in sizes if purpose in kept}, why)
 
     def _wanted(self, phase: int) -> dict[str, int]:
@@ -168,21 +159,29 @@ class PrefixCache(TrainerCallback):
             with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):
                 return self.model(**batch).logits
 
-        return prefix.check(forward, batch)
+        why = prefix.check(forward, batch)
+        if why is None:
+            # Without autocast, what comes out of a block may have another precision.
+            with torch.no_grad(), inference(self.model), prefix.captured() as found:
+                self.model(**batch)
+            self._dtypes = {"training": prefix.dtype, "evaluation": found[0].dtype}
+        return why
 
     def _key(self, prefix: Prefix, phase: int) -> str:
         """Return a hash of all that hidden states depend on, but for the rows.
 
-        In their last bits they also depend on which other rows are in the batch. So a store is of one way to batch:
-        a run computes the same bits whether it finds one or fills it.
+        In their last bits they also depend on which other rows are in the batch, and on how sums are split. So a store
+        is of certain data, of one way to batch it and of one kind of machine: a run computes the same bits whether it
+        finds one or fills it.
         """
         args = self.args
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in _OF_NO_VALUE}
         kernels = [packed_kernel(self.model), loaded_kernel(self.model)]
         matmul = torch.backends.cuda.matmul.fp32_precision
-        precision = [args.bf16, args.fp16, matmul, str(self.model.dtype), kernels]
+        precision = [args.bf16, args.fp16, matmul, str(self.model.dtype), str(self._dtypes), kernels]
+        precision += [args.use_liger_kernel, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
         batches = [args.seed, args.data_seed, args.train_batch_size, args.gradient_accumulation_steps, args.world_size]
-        batches += [args.per_device_eval_batch_size, self.plan.phases[phase].start]
+        batches += [args.per_device_eval_batch_size, self.plan.phases[phase].start, self.data.key]
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
         versions = [_FORMAT, torch.__version__, transformers.__version__, device]
         of_model = [type(self.model).__name__, json.loads(json.dumps(config, default=str)), prefix.depth, prefix.key()]
@@ -190,11 +189,18 @@ class PrefixCache(TrainerCallback):
 
     def _open(self, folder: Path, sizes: Mapping[str, int]) -> tuple[PrefixStore | None, frozenset[str], str]:
         """Return the store, what of `sizes` has room in it, and why the rest has none."""
-        limit = int(self.section.cache_gib * _GIB)
+        try:
+            return self._make_room(folder, sizes, int(self.section.cache_gib * _GIB))
+        except OSError as error:  # a disk that nobody may write to, or that is gone
+            return None, frozenset(), f"{folder} cannot be used: {error}"
+
+    def _make_room(
+        self, folder: Path, sizes: Mapping[str, int], limit: int
+    ) -> tuple[PrefixStore | None, frozenset[str], str]:
         store = PrefixStore(folder, limit)
         existing = next(path for path in folder.parents if path.exists())
         total, _, free = shutil.disk_usage(existing)
-        kept, needed, why = [], 0, ""
+        kept, needed, left_out = [], 0, []
         for purpose, size in sizes.items():
             if needed + size > limit:
                 why = f"{purpose} takes {in_units(size)}, `freezing.cache_gib` allows {in_units(limit - needed)}"
@@ -205,6 +211,9 @@ class PrefixCache(TrainerCallback):
                 why += "the cache takes at most half"
             else:
                 kept, needed = [*kept, purpose], needed + size
+                continue
+            left_out.append(why)
+        why = "; ".join(left_out)
         if not kept:
             return None, frozenset(), why
         if removed := make_room(folder.parent, folder, needed, limit):
@@ -223,12 +232,13 @@ class PrefixCache(TrainerCallback):
     def _tell(self, prefix: Prefix, folder: Path, sizes: Mapping[str, int], why: str) -> None:
         parts = " and ".join(f"about {in_units(size)} for {purpose}" for purpose, size in sizes.items())
         there = f", {in_units(self._store.num_bytes)} of which are there" if len(self._store) else ""
-        length = max(1, self.data.positions // len(self.data.rows))
-        whole, rest = (flops_per_token(self.model, length, skipped) for skipped in (0, prefix.depth))
-        saved = f"; from the second time on a training row leaves out {1 - rest / whole:.0%} of a step's arithmetic"
+        whole, rest = (flops_per_token(self.model, self.data.length, skipped) for skipped in (0, prefix.depth))
+        saved = ""
+        if whole and "training" in sizes:
+            saved = f"; from the second time on a training row leaves out {1 - rest / whole:.0%} of a step's arithmetic"
         say(
             f"frozen-prefix cache: nothing trains below block {prefix.depth}: what comes out is kept in {folder}, "
-            f"{parts}{there}{saved if whole and 'training' in sizes else ''}{f'; left out: {why}' if why else ''}"
+            f"{parts}{there}{saved}{f'; left out: {why}' if why else ''}"
         )
 
     def _tell_damage(self) -> None:
@@ -243,7 +253,7 @@ class PrefixCache(TrainerCallback):
         rows = take_rows(inputs)
         if rows is None or "training" not in self._kept:
             return nullcontext()
-        return self._serving(rows, inputs["input_ids"].shape, counts=True)
+        return self._serving(rows, inputs["input_ids"].shape, "training")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -256,7 +266,7 @@ class PrefixCache(TrainerCallback):
         def before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
             calls.append(ExitStack())
             if (rows := rows_of_call(args, kwargs)) is not None:
-                calls[-1].enter_context(self._serving(rows, kwargs["input_ids"].shape))
+                calls[-1].enter_context(self._serving(rows, kwargs["input_ids"].shape, "evaluation"))
 
         def after(*_: Any) -> None:
             calls.pop().close()
@@ -272,38 +282,43 @@ class PrefixCache(TrainerCallback):
                 handle.remove()
 
     @contextmanager
-    def _serving(self, rows: Rows, shape: torch.Size, counts: bool = False) -> Iterator[None]:
+    def _serving(self, rows: Rows, shape: torch.Size, purpose: str) -> Iterator[None]:
         """Pass over the prefix where all rows are there; else write down those that are not."""
-        hidden = self._read(rows, shape) if self._store.holds([digest for digest, _, _ in rows]) else None
+        if purpose == "training":  # other processes have as many
+            each = self._prefix.width * self._dtypes[purpose].itemsize * self.args.world_size
+            self._reserved = max(0, self._reserved - sum(length for _, _, length in rows) * each)
+        there = self._store.holds([digest for digest, _, _ in rows])
+        hidden = self._read(rows, shape, self._dtypes[purpose]) if there else None
         self._tell_damage()
         if hidden is not None:
-            self.served += counts
+            self.served += purpose == "training"
             with self._prefix.replaced(hidden.to(self.args.device, non_blocking=True)):
                 yield
             return
         with self._prefix.captured() as found:
             yield
-        if len(found) == 1 and self._writes:  # none where the model was interrupted
-            self._write(rows, found[0])
+        if len(found) == 1 and purpose in self._writes:  # none where the model was interrupted
+            self._write(rows, found[0], purpose)
 
-    def _read(self, rows: Rows, shape: torch.Size) -> torch.Tensor | None:
+    def _read(self, rows: Rows, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the hidden states of rows (rows, positions, width), 0 where there is padding, or None."""
         on_gpu = self.args.device.type == "cuda"
-        hidden = torch.zeros((*shape, self._prefix.width), dtype=self._prefix.dtype, pin_memory=on_gpu)
+        hidden = torch.zeros((*shape, self._prefix.width), dtype=dtype, pin_memory=on_gpu)
         for (digest, start, length), row in zip(rows, hidden, strict=True):
             if not self._store.read(digest, row[start : start + length].view(-1).view(torch.uint8).numpy()):
                 return None
         return hidden
 
-    def _write(self, rows: Rows, hidden: torch.Tensor) -> None:
-        hidden = hidden.cpu()
+    def _write(self, rows: Rows, hidden: torch.Tensor, purpose: str) -> None:
+        hidden, reserved = hidden.cpu(), self._reserved if purpose == "evaluation" else 0
         try:
             for (digest, start, length), row in zip(rows, hidden, strict=True):
                 payload = row[start : start + length].contiguous().view(-1).view(torch.uint8)
-                self._store.write(digest, payload.numpy())
+                self._store.write(digest, payload.numpy(), reserved)
         except OSError as error:
-            self._writes = False
-            warn(f"frozen-prefix cache: no more rows are kept, training goes on without them: {error}")
+            # Its limit is of one purpose alone, a disk that is full has no room for any.
+            self._writes -= {purpose} if error.errno is None else {*self._writes}
+            warn(f"frozen-prefix cache: no more rows are kept of {purpose}, the run goes on without them: {error}")
 
 
 def make_prefix_cache(

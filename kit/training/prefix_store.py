@@ -14,6 +14,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +84,13 @@ class PrefixStore:
         del self._places[digest]
         return False
 
-    def write(self, digest: bytes, payload: np.ndarray) -> None:
+    def write(self, digest: bytes, payload: np.ndarray, reserved: int = 0) -> None:
         """Append a record, unless there is one.
 
         Args:
             digest: 16 bytes.
             payload: uint8 (bytes,).
+            reserved: bytes of the limit that are others'.
 
         Raises:
             OSError: there is no room on the disk, or none within the limit. What the record began is removed.
@@ -96,8 +98,8 @@ class PrefixStore:
         if digest in self._places:
             return
         size = _HEADER.size + payload.nbytes
-        if self.num_bytes + size > self.limit:
-            raise OSError(f"more than {self.limit:,} bytes would be stored")
+        if self.num_bytes + size > self.limit - reserved:
+            raise OSError(f"more than {self.limit - reserved:,} bytes would be stored")
         checksum = _checksum(digest, payload)
         own = self._own = self._own or self._begin_log()
         header = _HEADER.pack(_MAGIC, digest, payload.nbytes, checksum)
@@ -163,7 +165,8 @@ def _checksum(digest: bytes, payload: np.ndarray) -> int:
 def make_room(folder: Path, keep: Path, needed: int, limit: int) -> list[Path]:
     """Remove the stores of a folder that were used longest ago, until `needed` more bytes are within the limit.
 
-    A process that reads or writes one of them goes on with what it has open.
+    A process that reads or writes one of them goes on with what it has open; what another process removes in the
+    meantime is gone.
 
     Args:
         folder: of all stores.
@@ -174,9 +177,13 @@ def make_room(folder: Path, keep: Path, needed: int, limit: int) -> list[Path]:
     Returns:
         What was removed.
     """
-    stores = [(p.stat().st_mtime, p) for p in folder.iterdir() if p.is_dir() and p != keep] if folder.is_dir() else []
-    sizes = {path: sum(f.stat().st_size for f in path.glob(f"*{_SUFFIX}")) for _, path in stores}
-    removed = []
+    stores, sizes, removed = [], {}, []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and path != keep:
+            with suppress(OSError):
+                used, size = path.stat().st_mtime, sum(log.stat().st_size for log in path.glob(f"*{_SUFFIX}"))
+                stores.append((used, path))
+                sizes[path] = size
     for _, path in sorted(stores):
         if sum(sizes.values()) + needed <= limit:
             break

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kit.errors import UserError
-from kit.model.chunked_loss import compute_whole_logits
 from kit.recipe.models import Recipe
 from kit.training.parameter_groups import check_takes_groups
 
@@ -124,8 +123,6 @@ def prepare_sharding(accelerator: Accelerator, model: PreTrainedModel) -> None:
     - Where layers compute in 16 bits, it sums gradients in 16 bits too, and rounds what the model returns.
     """
     if accelerator.state.deepspeed_plugin:
-        if accelerator.state.deepspeed_plugin.zero_stage == 3:
-            compute_whole_logits(model)  # the head's matrix is there only while the head is called and differentiated
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config.pop("bf16", {}).get("enabled"):
             # For the modules that it names DeepSpeed would also round what it sums and gathers.

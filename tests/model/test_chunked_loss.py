@@ -265,3 +265,16 @@ def test_whole_logits_on_demand_are_equal():
     expected = chunked(model, *batch())
     compute_whole_logits(model)
     assert_same(chunked(model, *batch()), expected)
+
+
+def test_gradients_of_bfloat16_weights_are_rounded_once(monkeypatch):
+    """As of whole logits: terms that are small beside the sum so far are not lost."""
+    monkeypatch.setattr(chunked_loss, "_CHUNK_BYTES", 4 * VOCAB)
+    model = make_model("llama", VOCAB, tie_word_embeddings=False)
+    input_ids, labels = batch(rows=40, length=50)
+    give_losses(model.to(torch.bfloat16))
+    assert vars(model)["_losses_from"] == "model"
+    _, exact = chunked(copy.deepcopy(model).double(), input_ids, labels)
+    _, found = chunked(model, input_ids, labels)
+    wanted = exact["lm_head.weight"]
+    assert (found["lm_head.weight"].double() - wanted).norm() < 0.01 * wanted.norm()

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from kit.model import liger_loss
-from kit.model.chunked_loss import give_losses
+from kit.model.chunked_loss import compute_whole_logits, give_losses
 from kit.model.new_rows import train_new_rows
 from tests.model.test_chunked_loss import VOCAB, assert_same, batch, build, chunked, stock
 
@@ -92,12 +92,28 @@ def test_a_head_that_is_more_than_a_matrix_is_the_kits(kind, liger):
     assert not liger[1]
 
 
-def test_without_the_package_or_a_gpu_it_is_the_kits(liger, monkeypatch):
+def test_without_the_package_it_is_the_kits(liger, monkeypatch):
     model = build("llama")
     give_losses(model)
     monkeypatch.setattr(liger_loss, "find_spec", lambda name: None)
     chunked(model, *batch())
-    monkeypatch.undo()
+    assert not liger[1]
+
+
+def test_on_another_device_it_is_the_kits(liger, monkeypatch):
+    model = build("llama")
+    give_losses(model)
+    monkeypatch.setattr(liger_loss, "_DEVICE", "cuda")
+    chunked(model, *batch())
+    assert not liger[1]
+
+
+def test_with_whole_logits_or_float16_it_is_the_kits(liger):
+    model = build("llama").float()
+    give_losses(model)
+    with torch.autocast("cpu", torch.float16):
+        chunked(model, *batch())
+    compute_whole_logits(model)
     chunked(model, *batch())
     assert not liger[1]
 

@@ -3,13 +3,19 @@
 import errno
 import multiprocessing
 import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from kit.data.blocks import TokenRows, TrainPart
 from kit.data.labeled_examples import CollateLabeled
+from kit.data.packing import Layout
 from kit.recipe.freezing import FreezingSection
+from kit.training.prefix_data import prefix_data
 from kit.training.prefix_rows import CollateNamed, rows_of_call, take_rows
 from kit.training.prefix_store import PrefixStore, make_room
 from kit.training.throughput import flops_per_token
@@ -182,6 +188,51 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
     assert make_room(tmp_path, tmp_path / "own", size, size) == [tmp_path / "old", tmp_path / "new"]
     assert (tmp_path / "own").exists()
     assert make_room(tmp_path / "missing", tmp_path / "own", 1, 1) == []
+
+
+def test_a_store_that_goes_while_its_size_is_looked_up_counts_as_gone(tmp_path, monkeypatch):
+    for name in ("gone", "whole"):
+        filled(tmp_path / name)
+    stat = Path.stat
+
+    def vanishing(path, **kwargs):
+        if path.suffix == ".log" and path.parent.name == "gone":
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return stat(path, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert make_room(tmp_path, tmp_path / "own", 1, LIMIT) == []
+    assert not (tmp_path / "gone").exists()
+    assert (tmp_path / "whole").exists()
+
+
+def test_room_that_is_reserved_is_left(folder):
+    store = PrefixStore(folder, 400)
+    with pytest.raises(OSError, match="stored"):
+        store.write(digest(0), payload(0), reserved=300)
+    store.write(digest(0), payload(0), reserved=200)
+    assert readable(store) == {0}
+
+
+# ---- How much there is
+
+
+def pieces(sizes, blocks, chosen, block_size=4):
+    """Return a part of an epoch whose layout has pieces of these sizes, in these blocks."""
+    ends = np.cumsum(sizes)
+    layout = Layout(np.stack([ends - sizes, ends], axis=1), np.array(blocks))
+    return TrainPart(SimpleNamespace(), np.arange(1), layout, np.array(chosen), block_size)
+
+
+@pytest.mark.parametrize(("packing", "positions", "length"), [(True, 8, 4), (False, 7, 2)])
+def test_a_row_that_an_epoch_holds_twice_takes_room_once(packing, positions, length):
+    part = pieces([1, 2, 4, 3], [0, 2, 3, 4], [0, 1, 1, 0, 1])  # of three blocks two, with pieces 1 + 2 and 4
+    rows = TokenRows([part], packing, 0, 0)
+    corpus = SimpleNamespace(
+        rows=rows, collate=None, sets={"domain": SimpleNamespace(lengths=np.array([5, 6]))}, key=""
+    )
+    found = prefix_data(corpus, None, "store")
+    assert (found.positions, found.length, found.evaluated) == (positions, length, 11)
 
 
 # ---- Rows
