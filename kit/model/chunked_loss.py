@@ -3,7 +3,7 @@
 The logits of GPT-2 for four rows of 1,024 tokens take 0.8 GB in float32, and their gradient as much again. Here a chunk
 of the last hidden states goes through the model's head, and its loss and gradient are worked out at once, before the
 next chunk takes its room (the way of Liger Kernel, Hsu et al. 2024). It lives in the model's `forward`, so that what
-wraps the model (DDP, FSDP2, autocast) does its part; and a chunk goes through the model's own `forward`, in which it
+wraps the model (DDP, autocast) does its part; and a chunk goes through the model's own `forward`, in which it
 stands for what the base model would return, so that adapters, frozen or tied matrices, rows that train alone, biases
 and what an architecture does to its logits (soft-capping, scaling) are all in it.
 """
