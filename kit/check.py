@@ -41,7 +41,8 @@ _GIB = 2**30
 def check(recipe_path: str, overrides: list[str], probe: bool = False, compiles: bool = False) -> None:
     """Find everything that is wrong with a recipe before it trains, and show what it is going to do.
 
-    Nothing is written but token stores, and with `probe` rows of the frozen-prefix cache, which the run itself then finds.
+    Nothing is written but token stores and, with `probe`, rows of the frozen-prefix cache; the run itself then finds
+    both.
 
     Args:
         recipe_path: the recipe's file.
